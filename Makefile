@@ -1,0 +1,34 @@
+# make run | test | docs | lab: each makes .venv when absent.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+OLLAMA_UP := curl -fs --max-time 2 http://$${OLLAMA_HOST:-127.0.0.1:11434}/api/version >/dev/null 2>&1
+
+.PHONY: run test check docs lab
+run: $(READY)
+	$(BIN)/kofinetune run
+
+test: $(READY)
+	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
+	$(BIN)/pytest -q -rs --durations=10 tests
+
+check: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
+
+docs: $(VENV)/.docs-ready
+	$(BIN)/sphinx-build -q -W --keep-going -b dirhtml -c docs nbs _site
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+$(READY): settings.ini setup.py .ci/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs-ready: $(READY)
+	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[docs]'
+	touch $@
