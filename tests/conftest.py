@@ -1,0 +1,75 @@
+"Fixtures and marks. A test that is skipped says why."
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'koalpaca: needs the 8,000 real KoAlpaca rows beside the checkout, or $KOFINETUNE_KOALPACA')
+    config.addinivalue_line('markers', 'ollama: needs an Ollama server, or the ollama program')
+
+
+@pytest.fixture(scope='session')
+def koalpaca():
+    "The file of 8,000 real rows; never committed."
+    path = Path(os.environ.get('KOFINETUNE_KOALPACA') or ROOT.parent/'shared'/'koalpaca'/'ko_alpaca_data.head8000.json')
+    if not path.is_file(): pytest.skip(f'no KoAlpaca rows at {path}; name the file with $KOFINETUNE_KOALPACA')
+    return path
+
+
+@pytest.fixture(scope='session')
+def rehearsal_run():
+    "The rehearsal's run folder, which the notebooks and `make run` share; made where it is missing."
+    from kofinetune.data import Recipe, prepare
+    from kofinetune.eval import evaluate
+    from kofinetune.export import export_ollama
+    from kofinetune.merge import merge_adapter
+    from kofinetune.train import finetune
+    run = ROOT/'runs'/'rehearsal'
+    for do in (prepare, finetune, merge_adapter, export_ollama, evaluate): do(Recipe.named('rehearsal'), run)
+    return run
+
+
+@pytest.fixture(scope='session')
+def ollama_server(tmp_path_factory):
+    "The host of a real Ollama server: the one that OLLAMA_HOST names, or one of our own with its own models folder."
+    from kofinetune.export import server_version
+    if os.environ.get('OLLAMA_HOST') and server_version(): yield os.environ['OLLAMA_HOST']; return
+    program = ollama_program()
+    if not program:
+        reason = 'no Ollama server at $OLLAMA_HOST and no ollama program on PATH or in Go\'s bin folder; .ci/ollama builds one'
+        if os.environ.get('CI') == 'true' and shutil.which('go'): pytest.fail(reason + ' (CI=true and go is there, so this is no skip)')
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp('ollama')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); host = f'127.0.0.1:{s.getsockname()[1]}'
+    env = os.environ | dict(OLLAMA_HOST=host, OLLAMA_MODELS=str(folder/'models'), HOME=str(folder), OLLAMA_NUM_PARALLEL='1')
+    with (folder/'serve.log').open('w') as log, pytest.MonkeyPatch.context() as patch:
+        process = subprocess.Popen([program, 'serve'], env=env, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while server_version(host) is None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f'{program} serve does not answer:\n' + (folder/'serve.log').read_text()[-2000:])
+                time.sleep(.2)
+            patch.setenv('OLLAMA_HOST', host)
+            yield host
+        finally:
+            process.terminate()
+            try: process.wait(20)
+            except subprocess.TimeoutExpired: process.kill()
+
+
+def ollama_program():
+    "Where the ollama program is: on PATH, in $GOBIN, or where `go install` puts it."
+    folders = [os.environ.get('GOBIN')]
+    if shutil.which('go'):
+        folders += [Path(p)/'bin' for p in subprocess.run(['go', 'env', 'GOPATH'], capture_output=True, text=True).stdout.strip().split(os.pathsep)]
+    folders.append(Path.home()/'go'/'bin')
+    return shutil.which('ollama') or next((str(Path(f)/'ollama') for f in folders if f and (Path(f)/'ollama').is_file()), None)

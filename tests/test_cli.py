@@ -1,0 +1,100 @@
+"The command: exit codes, one line an error, nothing half-written."
+import json, os, subprocess, sys, time
+
+import pytest
+
+COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
+
+
+def kofinetune(*args, cwd, **env):
+    return subprocess.run([*COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ | env)
+
+
+def write(folder, name, text):
+    (folder/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return name
+
+
+# each: files to write, arguments, exit code, what the one line must say
+BAD = {
+    'not json': ({'a.json': 'hello'}, ['data', '--set', 'source=a.json'], 2, 'a.json is not JSON'),
+    'json cut short': ({'a.json': '[{"instruction": "x"'}, ['data', '--set', 'source=a.json'], 2, 'line 1 column'),
+    'not an array': ({'a.json': '{}'}, ['data', '--set', 'source=a.json'], 2, 'must be an array'),
+    'no output': ({'a.jsonl': '{"instruction": "x", "output": "y"}\n{"instruction": "x"}\n'},
+                  ['data', '--set', 'source=a.jsonl'], 2, "line 2 has no 'output'"),
+    'output is a number': ({'a.json': '[{"instruction": "x", "output": 1}]'}, ['data', '--set', 'source=a.json'], 2, "'output' is 1"),
+    'cp949': ({'a.json': '[{"instruction": "가"}]'.encode('cp949')}, ['data', '--set', 'source=a.json'], 2, 'iconv'),
+    'empty file': ({'a.jsonl': ''}, ['data', '--set', 'source=a.jsonl'], 2, 'holds no row'),
+    'no such file': ({}, ['data', '--set', 'source=b.jsonl'], 2, 'b.jsonl is not a file'),
+    'unknown source': ({}, ['data', '--set', 'source=koalpaca'], 2, 'koalpaca-v1.0'),
+    'more held out than there are': ({'a.json': '[{"instruction": "x", "output": "y"}]'},
+                                     ['data', '--set', 'source=a.json'], 2, 'valid_rows is 250'),
+    'unknown recipe': ({}, ['run', '--recipe', 'bset'], 2, 'blog, best, rehearsal'),
+    'recipe file missing': ({}, ['run', '--recipe', 'x.toml'], 2, 'x.toml is not a file'),
+    'recipe file broken': ({'x.toml': 'lora_r = = 3'}, ['run', '--recipe', 'x.toml'], 2, 'x.toml cannot be read'),
+    'unknown field': ({'x.toml': 'lora_rank = 3'}, ['run', '--recipe', 'x.toml'], 2, "no field 'lora_rank'"),
+    'field of another type': ({'x.toml': 'lora_r = "three"'}, ['run', '--recipe', 'x.toml'], 2, "lora_r is 'three'"),
+    'field out of range': ({}, ['train', '--set', 'learning_rate=-1'], 2, 'learning_rate is -1.0'),
+    'fp16': ({}, ['train', '--set', 'dtype=fp16'], 2, 'bf16'),
+    'set without value': ({}, ['train', '--set', 'epochs'], 2, 'no "="'),
+    'stage before its turn': ({}, ['merge'], 2, 'kofinetune train'),
+    'unknown command': ({}, ['dance'], 2, 'dance'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_request(name, tmp_path):
+    files, args, code, says = BAD[name]
+    for file, text in files.items(): write(tmp_path, file, text)
+    seen = kofinetune(*args, cwd=tmp_path)
+    assert (seen.returncode, 'Traceback' in seen.stderr) == (code, False), seen.stderr
+    assert says in seen.stderr
+    if name != 'unknown command': assert len(seen.stderr.strip().splitlines()) == 1, seen.stderr
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file() and p.name != '.lock'}
+    assert left == set(files)
+
+
+def test_run_folder_of_another_recipe_is_refused(tmp_path):
+    assert kofinetune('data', '--run', 'r', cwd=tmp_path).returncode == 0
+    before = (tmp_path/'r'/'manifest.json').read_bytes()
+    seen = kofinetune('data', '--run', 'r', '--set', 'valid_rows=100', cwd=tmp_path)
+    assert seen.returncode == 2 and 'valid_rows = 250, and now it is 100' in seen.stderr and '--force' in seen.stderr
+    assert (tmp_path/'r'/'manifest.json').read_bytes() == before
+    forced = kofinetune('data', '--run', 'r', '--set', 'valid_rows=100', '--force', cwd=tmp_path)
+    assert forced.returncode == 0
+    assert len((tmp_path/'r'/'data'/'valid.jsonl').read_text(encoding='utf-8').splitlines()) == 100
+
+
+def test_without_network_the_download_fails_in_one_line(tmp_path):
+    dead = {name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}
+    seen = kofinetune('data', '--recipe', 'blog', cwd=tmp_path, KOFINETUNE_CACHE=str(tmp_path/'cache'), no_proxy='', NO_PROXY='', **dead)
+    assert seen.returncode == 1 and 'could not be downloaded' in seen.stderr and 'Traceback' not in seen.stderr
+    assert [p for p in (tmp_path/'cache').rglob('*') if p.is_file()] == []
+
+
+def test_without_the_hubs_licence_training_says_what_to_do(tmp_path):
+    assert kofinetune('data', cwd=tmp_path).returncode == 0
+    seen = kofinetune('train', '--run', 'runs/rehearsal', '--set', 'base=google/gemma-3-270m', cwd=tmp_path,
+                      HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path/'hub'))
+    assert seen.returncode == 1 and 'hf auth login' in seen.stderr and 'huggingface.co/google/gemma-3-270m' in seen.stderr
+    assert 'Traceback' not in seen.stderr and not (tmp_path/'runs'/'rehearsal'/'adapter').exists()
+
+
+def test_a_later_command_takes_the_runs_own_recipe(tmp_path):
+    kofinetune('data', '--run', 'r', '--set', 'valid_rows=100', cwd=tmp_path)
+    again = kofinetune('data', '--run', 'r', cwd=tmp_path)
+    assert again.returncode == 0 and 'already done' in again.stdout
+
+
+def test_help_takes_less_than_half_a_second(tmp_path):
+    def seconds(command):
+        start = time.monotonic()
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+        return time.monotonic() - start
+    seconds([*COMMAND, '--help'])     # compiles the bytecode
+    assert min(seconds([*COMMAND, '--help']) for _ in range(5)) < 0.5
+
+
+def test_help_documents_every_command(tmp_path):
+    text = kofinetune('--help', cwd=tmp_path).stdout
+    for command in ('run', 'data', 'train', 'merge', 'export', 'eval', 'estimate', 'verify', 'ask', 'push'): assert command in text

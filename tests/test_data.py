@@ -1,0 +1,124 @@
+"Rows, sources and run folders: what a notebook cannot show well."
+import http.server, io, json, os, subprocess, sys, threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from kofinetune import data
+from kofinetune.data import Recipe, fetch, git_blob_id, prepare, read_jsonl, split_rows, stage
+
+
+def post_script(path):
+    "The file that the post's script writes: read_json, then one json.dumps a row."
+    lines = []
+    for _, row in pd.read_json(path).iterrows():
+        entry = {'instruction': row['instruction'], 'input': row['input'], 'output': row['output']}
+        lines.append(json.dumps(entry, ensure_ascii=False) + '\n')
+    return ''.join(lines).encode()
+
+
+@pytest.mark.koalpaca
+def test_blog_file_is_the_posts_byte_for_byte(koalpaca, tmp_path):
+    counts = prepare(Recipe.named('blog').replace(source=str(koalpaca)), tmp_path)
+    assert (tmp_path/'data'/'train.jsonl').read_bytes() == post_script(koalpaca)
+    assert counts['train'] == counts['rows'] == 8000
+
+
+@pytest.mark.koalpaca
+def test_best_drops_only_what_the_audit_names(koalpaca, tmp_path):
+    counts = prepare(Recipe.named('best').replace(source=str(koalpaca)), tmp_path)
+    audit = json.loads((tmp_path/'data'/'audit.json').read_text(encoding='utf-8'))
+    assert counts['rows'] == 8000 == counts['kept'] + counts['reported']
+    assert counts['valid'] == 1000
+    rows = json.loads(koalpaca.read_text(encoding='utf-8'))
+    assert audit['flags']['empty_answer']['rows'] == [i for i, r in enumerate(rows) if not r['output'].strip()]
+    train, valid = (read_jsonl(tmp_path/'data'/f'{part}.jsonl') for part in ('train', 'valid'))
+    question = lambda row: (row['instruction'], row['input'])
+    assert not set(map(question, train)) & set(map(question, valid))
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A loopback server whose files can change; yields (address, dict of path -> bytes, list of paths asked for)."
+    files, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body = files.get(self.path)
+            self.send_response(200 if body is not None else 404)
+            self.send_header('Content-Length', str(len(body or b'')))
+            self.end_headers()
+            self.wfile.write(body or b'')
+
+        def log_message(self, *args): pass
+
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}', files, asked
+    httpd.shutdown()
+
+
+def test_download_is_checked_kept_and_not_asked_for_again(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
+    address, files, asked = server
+    files['/rows.json'] = '[{"instruction": "안녕?", "output": "네."}]'.encode()
+    blob = git_blob_id(files['/rows.json'])
+    first, second = (fetch(f'{address}/rows.json', blob) for _ in range(2))
+    assert first == second and first.read_bytes() == files['/rows.json'] and asked == ['/rows.json']
+
+
+def test_moved_file_is_refused_with_both_ids_and_leaves_nothing(server, tmp_path, monkeypatch):
+    monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
+    address, files, _ = server
+    files['/rows.json'] = b'[]'
+    with pytest.raises(ValueError, match=f'{git_blob_id(b"[]")}.*{"0" * 40}'): fetch(f'{address}/rows.json', '0' * 40)
+    assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
+
+
+def test_git_agrees_on_the_blob_id(tmp_path):
+    body = '한글\n'.encode()
+    seen = subprocess.run(['git', 'hash-object', '--stdin'], input=body, capture_output=True, check=True).stdout
+    assert git_blob_id(body) == seen.decode().strip()
+
+
+row = st.fixed_dictionaries(dict(instruction=st.text(min_size=1, max_size=4), input=st.text(max_size=2), output=st.text(max_size=4)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(row, min_size=2, max_size=30), seed=st.integers(0, 5), share=st.floats(0, .9))
+def test_split_loses_nothing_and_never_shares_a_question(rows, seed, share):
+    train, valid = split_rows(rows, int(len(rows) * share), seed)
+    key = lambda r: json.dumps(r, sort_keys=True)
+    assert sorted(map(key, train + valid)) == sorted(map(key, rows))
+    assert len(valid) <= int(len(rows) * share)
+    question = lambda r: (r['instruction'], r['input'])
+    assert not set(map(question, train)) & set(map(question, valid))
+
+
+def test_importing_data_needs_no_torch():
+    code = 'import sys, kofinetune.data; print([m for m in ("torch", "transformers", "pandas") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+
+
+def test_stage_is_whole_or_absent(tmp_path):
+    def half(folder):
+        (folder/'train.jsonl').write_text('{', encoding='utf-8')
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): stage(Recipe(), tmp_path, 'data', half)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock']
+    assert data.read_manifest(tmp_path)['stages'] == {}
+
+
+def test_second_process_on_a_run_is_refused_and_a_dead_one_holds_nothing(tmp_path):
+    code = ('import sys; from kofinetune.data import run_lock\n'
+            'with run_lock(sys.argv[1]): print("held", flush=True); sys.stdin.read()')
+    other = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == 'held\n'
+    with pytest.raises(RuntimeError, match='in use by another process'):
+        with data.run_lock(tmp_path): pass
+    other.kill()
+    other.wait()
+    with data.run_lock(tmp_path): pass

@@ -1,0 +1,230 @@
+"The GGUF files: every tensor and key against the safetensors, odd shapes, refusals, the real size, and nothing half-written."
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from kofinetune.data import Recipe, format_prompt, read_jsonl, read_manifest
+from kofinetune.export import (TYPES, difficult_rows, export_ollama, proof_failures, read_config, read_gguf, read_modelfile,
+                               read_tokens, serve_gguf, verify_gguf, write_gguf)
+from kofinetune.rehearsal import stand_in_base
+
+SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
+             query_pre_attn_scalar=32, sliding_window=24, max_position_embeddings=32768)
+
+
+def make_model(folder, dtype='bfloat16', shard='5GB', **changes):
+    "A random Gemma 3 with the stand-in's tokenizer: seven layers, so that one sees all, and a window shorter than a prompt."
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    base, shape = stand_in_base(), SHAPE | changes
+    rows = json.loads((base/'config.json').read_text())['vocab_size'] + 37
+    torch.manual_seed(1)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**dict(vocab_size=rows) | shape))
+    for name, weight in model.named_parameters():
+        if 'norm' in name: weight.data.normal_(0, .2)
+        elif 'layers' in name: weight.data.mul_(4)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    for path in base.glob('tokenizer*'): shutil.copyfile(path, folder/path.name)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def odd(tmp_path_factory):
+    "A model in several shards, its head not tied, with more rows than tokens."
+    return make_model(tmp_path_factory.mktemp('odd'), tie_word_embeddings=False, shard='400KB')
+
+
+def stored_tensors(folder):
+    from safetensors import safe_open
+    made = {}
+    for path in folder.glob('*.safetensors'):
+        with safe_open(path, 'pt') as f: made |= {name: f.get_tensor(name).float().numpy() for name in f.keys()}
+    return made
+
+
+@pytest.mark.parametrize('dtype', TYPES)
+def test_every_tensor_reads_back_as_the_safetensors_rounded(odd, tmp_path, dtype):
+    import gguf
+    assert len(list(odd.glob('model-*.safetensors'))) > 3
+    write_gguf(odd, tmp_path/'m.gguf', dtype)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 7)
+    source = {names.get_name(k, ('.weight',)): v for k, v in stored_tensors(odd).items()}
+    _, tensors = read_gguf(tmp_path/'m.gguf')
+    assert {t['name'] for t in tensors} == set(source) and 'output.weight' in source
+    for t in tensors:
+        wanted = source[t['name']]
+        assert t['shape'] == list(wanted.shape)
+        kind = gguf.GGMLQuantizationType[t['type']]
+        if wanted.ndim == 1:
+            assert t['type'] == 'F32' and np.array_equal(t['data'], wanted + 1)
+        else:
+            assert t['type'] == TYPES[dtype]
+            seen = gguf.quants.dequantize(t['data'], kind).reshape(wanted.shape)
+            if dtype == 'bf16': assert np.array_equal(seen, wanted)
+            elif dtype == 'f16': assert np.array_equal(seen, wanted.astype(np.float16).astype(np.float32))
+            else:
+                step = abs(wanted.reshape(-1, 32)).max(1, keepdims=True) / 127
+                assert (abs(seen - wanted).reshape(-1, 32) <= step * .57 + 1e-8).all()
+
+
+def test_keys(odd, tmp_path):
+    write_gguf(odd, tmp_path/'m.gguf', 'q8_0', name='나의 모델')
+    keys, _ = read_gguf(tmp_path/'m.gguf')
+    wanted = {'general.architecture': 'gemma3', 'general.name': '나의 모델', 'general.file_type': 7, 'gemma3.context_length': 32768,
+              'gemma3.embedding_length': 128, 'gemma3.block_count': 7, 'gemma3.feed_forward_length': 256, 'gemma3.attention.head_count': 4,
+              'gemma3.attention.head_count_kv': 1, 'gemma3.attention.key_length': 32, 'gemma3.attention.value_length': 32,
+              'gemma3.attention.sliding_window': 24, 'gemma3.rope.freq_base': 1e6, 'gemma3.rope.freq_base_swa': 1e4,
+              'gemma3.rope.local.freq_base': 1e4, 'tokenizer.ggml.model': 'llama', 'tokenizer.ggml.pre': 'default',
+              'tokenizer.ggml.bos_token_id': 2, 'tokenizer.ggml.eos_token_id': 1, 'tokenizer.ggml.unknown_token_id': 3,
+              'tokenizer.ggml.padding_token_id': 0, 'tokenizer.ggml.add_bos_token': True, 'tokenizer.ggml.add_eos_token': False,
+              'tokenizer.ggml.add_space_prefix': False}
+    assert {key: keys[key] for key in wanted} == wanted
+    tokens, types, size = keys['tokenizer.ggml.tokens'], keys['tokenizer.ggml.token_type'], read_config(odd)['vocab_size']
+    assert len(tokens) == len(types) == len(keys['tokenizer.ggml.scores']) == size
+    assert tokens[keys['tokenizer.ggml.eot_token_id']] == '<end_of_turn>'
+    assert tokens[-1] == f'[PAD{size - 1}]' and types[-37:] == [5] * 37
+    assert [types[tokens.index(t)] for t in ('<bos>', '<unk>', '<0xEA>', '\n\n', '가')] == [3, 2, 6, 1, 1]
+
+
+@pytest.mark.parametrize('changes', [dict(tie_word_embeddings=False), dict(hidden_size=144)], ids=['head not tied', 'rows that 32 does not divide'])
+@pytest.mark.parametrize('dtype', TYPES)
+def test_odd_models_run_on_the_engine(tmp_path, changes, dtype):
+    folder = make_model(tmp_path/'m', **changes)
+    made = write_gguf(folder, tmp_path/'m.gguf', dtype)
+    assert bool(made['fell_back']) == (dtype == 'q8_0' and 'hidden_size' in changes)
+    rows = difficult_rows()[:12]
+    proof = verify_gguf(folder, tmp_path/'m.gguf', [format_prompt(r, 'blog') for r in rows], answers=12, max_new_tokens=1)
+    assert proof['tokens']['different'] == 0 and proof['logprobs']['compared'] == 60
+    assert proof['logprobs']['max_difference'] < (.1 if dtype == 'q8_0' else .05), proof
+
+
+def test_a_wrong_position_base_is_noticed(odd, tmp_path):
+    "The engine reads rope and window from the file: without them the same check fails."
+    import gguf
+    write_gguf(odd, tmp_path/'m.gguf')
+    prompts = [format_prompt(r, 'blog') for r in difficult_rows()[:12]]
+    assert not proof_failures(verify_gguf(odd, tmp_path/'m.gguf', prompts, 12, 1) | dict(greedy=dict(checked=0, equal=0)), 'bf16')
+    for key, value in {'gemma3.rope.freq_base': 1e4, 'gemma3.attention.sliding_window': 512}.items():
+        shutil.copyfile(tmp_path/'m.gguf', tmp_path/'wrong.gguf')
+        field = gguf.GGUFReader(tmp_path/'wrong.gguf', 'r+').fields[key]
+        field.parts[field.data[0]][0] = value
+        assert proof_failures(verify_gguf(odd, tmp_path/'wrong.gguf', prompts, 12, 1), 'bf16'), key
+
+
+REFUSED = {'config.json': [(dict(model_type='llama'), "model_type is 'llama'"), (dict(layer_types=['full_attention'] * 7), 'layer_types'),
+                           (dict(query_pre_attn_scalar=64), 'query_pre_attn_scalar is 64'), (dict(final_logit_softcapping=30.), 'final_logit_softcapping is 30.0'),
+                           (dict(rope_parameters=None), 'rope_parameters'),
+                           (dict(rope_parameters={'full_attention': dict(rope_type='linear', factor=8.), 'sliding_attention': dict(rope_type='default')}), "is 'linear'")],
+           'tokenizer.json': [(dict(normalizer=None), 'normalizer is None'), (dict(model=dict(type='Unigram', vocab=[])), 'Unigram'),
+                              (dict(model=dict(type='BPE', byte_fallback=True, merges=[], vocab={})), "'merges': 0")]}
+
+
+@pytest.mark.parametrize('file, changes, message', [(file, *case) for file, cases in REFUSED.items() for case in cases])
+def test_refusals_are_one_line_and_leave_nothing(odd, tmp_path, file, changes, message):
+    for path in odd.iterdir(): shutil.copyfile(path, tmp_path/path.name)
+    data = json.loads((odd/file).read_text(encoding='utf-8'))
+    (tmp_path/file).write_text(json.dumps(data | changes), encoding='utf-8')
+    with pytest.raises(ValueError) as e: write_gguf(tmp_path, tmp_path/'m.gguf')
+    assert message in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 600
+    assert not [p for p in tmp_path.iterdir() if 'gguf' in p.name]
+
+
+def test_what_is_missing_is_named(odd, tmp_path):
+    for name in ('config.json', 'tokenizer.json'):
+        folder = tmp_path/name
+        shutil.copytree(odd, folder)
+        (folder/name).unlink()
+        with pytest.raises(FileNotFoundError, match=f'{name} is missing; make it with: kofinetune merge'): write_gguf(folder, tmp_path/'m.gguf')
+    (tmp_path/'bare').mkdir()
+    shutil.copyfile(odd/'config.json', tmp_path/'bare'/'config.json')
+    with pytest.raises(FileNotFoundError, match='has no .safetensors'): write_gguf(tmp_path/'bare', tmp_path/'m.gguf')
+    with pytest.raises(ValueError, match='q4_k_m'): write_gguf(odd, tmp_path/'m.gguf', 'q4_k_m')
+    assert not list(tmp_path.glob('*.gguf*')) and not list(tmp_path.glob('.*'))
+
+
+def test_tokens_beyond_the_embedding_are_dropped_only_when_added(odd, tmp_path):
+    data = json.loads((odd/'tokenizer.json').read_text(encoding='utf-8'))
+    size = len(data['model']['vocab'])
+    added = data['added_tokens'][0] | dict(id=size, content='<image_soft_token>')
+    (tmp_path/'tokenizer.json').write_text(json.dumps(data | dict(added_tokens=data['added_tokens'] + [added])), encoding='utf-8')
+    assert read_tokens(tmp_path, size)['dropped'] == ['<image_soft_token>']
+    with pytest.raises(ValueError, match='has id'): read_tokens(tmp_path, size - 1)
+
+
+def test_the_real_size(tmp_path):
+    "Gemma 3 270M's exact shape with made-up weights: the file's size, its last rows, and a word from the engine."
+    import gguf
+    import torch
+    from transformers import Gemma3TextConfig, Gemma3ForCausalLM
+    config = Gemma3TextConfig(vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+                              num_key_value_heads=1, head_dim=256, sliding_window=512, query_pre_attn_scalar=256, max_position_embeddings=32768,
+                              dtype=torch.bfloat16)
+    with torch.device('meta'): model = Gemma3ForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device='cpu').tie_weights()
+    for i, weight in enumerate(model.parameters()): weight.data.fill_((i % 17 - 8) / 64)
+    assert model.num_parameters() == 268_098_176
+    model.save_pretrained(tmp_path/'m')
+    for path in stand_in_base().glob('tokenizer*'): shutil.copyfile(path, tmp_path/'m'/path.name)
+    made = write_gguf(tmp_path/'m', tmp_path/'m.gguf', 'q8_0')
+    assert made['fell_back'] == [] and made['tensors'] == 236
+    assert 285e6 < made['bytes'] < 300e6
+    shapes = {tuple(t['shape']): t for t in read_gguf(tmp_path/'m.gguf')[1]}
+    assert set(shapes) == {tuple(weight.shape) for weight in model.parameters()}
+    rows = gguf.quants.dequantize(shapes[262144, 640]['data'][-1000:], gguf.GGMLQuantizationType.Q8_0)
+    assert np.allclose(rows, model.get_input_embeddings().weight[-1000:].float().numpy(force=True), atol=1e-4)
+    with serve_gguf(tmp_path/'m.gguf', 64) as server:
+        assert server.post('/completion', json=dict(prompt='가', n_predict=1)).json()['tokens_evaluated'] == 2
+
+
+def test_one_file_only(rehearsal_run, tmp_path, monkeypatch):
+    "gguf=bf16 writes that file alone, and the Modelfile names it."
+    monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
+    run = copied(rehearsal_run, tmp_path)
+    result = export_ollama(Recipe.named('rehearsal').replace(gguf=('bf16',), style='alpaca'), run, force=True)
+    assert {p.name for p in (run/'ollama').iterdir()} == {'model-bf16.gguf', 'Modelfile', 'verify.json'}
+    assert read_modelfile((run/'ollama'/'Modelfile').read_text(encoding='utf-8'))['from'] == './model-bf16.gguf'
+    said = json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
+    assert 'http://127.0.0.1:9' in said['text']['skipped'] and said['server'] is None
+    assert said['tokens']['checked'] >= 100 and said['tokens']['different'] == 0 and not result['registered']
+
+
+def copied(rehearsal_run, tmp_path):
+    run = tmp_path/'run'
+    shutil.copytree(rehearsal_run, run, ignore=shutil.ignore_patterns('checkpoints', '.lock'))
+    return run
+
+
+def test_a_failed_proof_leaves_no_folder(rehearsal_run, tmp_path, monkeypatch):
+    monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
+    monkeypatch.setattr('kofinetune.export.LIMITS', dict(bf16=(1e-9, 1), q8_0=(1e-9, 1)))
+    run = copied(rehearsal_run, tmp_path)
+    shutil.rmtree(run/'ollama')
+    with pytest.raises(RuntimeError, match=r'model-bf16.gguf is not the merged model: log-probabilities differ by 0\.\d+, more than 1e-09'):
+        export_ollama(Recipe.named('rehearsal'), run)
+    assert not (run/'ollama').exists() and not list(run.glob('.*partial'))
+
+
+def test_without_a_server_it_says_how_to_register(rehearsal_run, monkeypatch, capsys):
+    monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
+    export_ollama(Recipe.named('rehearsal'), rehearsal_run)
+    out = capsys.readouterr().out
+    assert 'already done' in out and re.search(r'\n  ollama serve\n  ollama create kofinetune-rehearsal -f \S+/ollama/Modelfile\n', out)
+
+
+def test_a_bad_name_is_refused_before_any_work(rehearsal_run):
+    before = read_manifest(rehearsal_run)
+    with pytest.raises(ValueError, match='ollama_name'): export_ollama(Recipe.named('rehearsal').replace(ollama_name='한글'), rehearsal_run)
+    assert read_manifest(rehearsal_run) == before
+
+
+@pytest.mark.koalpaca
+def test_tokens_of_the_real_rows(koalpaca, tmp_path):
+    "Every real row's prompt has the ids that transformers gives it."
+    rows = [dict(instruction=r['instruction'], input=r['input']) for r in json.loads(koalpaca.read_text(encoding='utf-8'))]
+    write_gguf(stand_in_base(), tmp_path/'m.gguf')
+    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', [format_prompt(r, 'blog') for r in rows], answers=1, max_new_tokens=1)
+    assert proof['tokens']['checked'] == len(rows) == 8000
+    assert proof['tokens']['different'] == 0, proof['tokens']['examples']

@@ -1,0 +1,87 @@
+"What is graded, packed and trained, on real rows and in fp32."
+import torch
+import json
+
+import pytest
+
+from kofinetune.data import Recipe, format_prompt, load_rows, prepare, read_jsonl
+from kofinetune.train import add_lora, count_trainable, encode, encode_rows, finetune, load_base, load_tokenizer, make_trainer
+
+
+@pytest.fixture(scope='module')
+def tok(): return load_tokenizer(Recipe.named('rehearsal'))
+
+
+@pytest.mark.koalpaca
+@pytest.mark.parametrize('style', ['alpaca', 'blog'])
+def test_graded_tokens_are_the_answer_and_its_terminator_for_every_real_row(koalpaca, tok, style):
+    for row in load_rows(str(koalpaca)):
+        example = encode(row, tok, style, max_length=10_000)
+        prompt = tok(format_prompt(row, style))['input_ids']
+        graded = [t for t in example['labels'] if t != -100]
+        assert example['input_ids'][:len(prompt)] == prompt and example['labels'][:len(prompt)] == [-100] * len(prompt)
+        assert example['input_ids'][len(prompt):] == graded
+        assert graded[-1] == tok.eos_token_id and graded.count(tok.eos_token_id) == 1
+        assert tok.decode(graded[:-1]) == row['output']
+        assert example['input_ids'].count(tok.bos_token_id) == 1 and example['input_ids'][0] == tok.bos_token_id
+
+
+@pytest.mark.koalpaca
+def test_rows_that_do_not_fit_are_counted_and_never_cut(koalpaca, tok):
+    rows, recipe = load_rows(str(koalpaca))[:2000], Recipe.named('rehearsal').replace(max_length=128)
+    dataset, left_out = encode_rows(rows, tok, recipe)
+    assert left_out > 0 and len(dataset) + left_out == 2000
+    assert all(ids[-1] == tok.eos_token_id and len(ids) <= 128 for ids in dataset['input_ids'])
+
+
+@pytest.mark.parametrize('attention', ['sdpa', 'eager'])
+def test_packed_rows_do_not_see_each_other_across_the_sliding_window(tok, attention):
+    model, _ = load_base(Recipe.named('rehearsal'), quant='none', dtype=torch.float32)
+    model.set_attn_implementation(attention)
+    rows = [encode(r, tok)['input_ids'] for r in load_rows('rehearsal')]
+    long = [tok.bos_token_id] + [t for r in rows[:60] for t in r if t != tok.bos_token_id][:model.config.sliding_window + 100]
+    parts = [rows[60], long, rows[61]]
+    assert len(long) > model.config.sliding_window
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([p]), use_cache=False).logits[0] for p in parts])
+        packed = model(torch.tensor([sum(parts, [])]), position_ids=torch.tensor([[i for p in parts for i in range(len(p))]]),
+                       use_cache=False).logits[0]
+    assert (packed - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_gradient_of_a_packed_batch_equals_the_unpacked_one(tok, tmp_path):
+    def gradient(packing):
+        recipe = Recipe.named('rehearsal').replace(packing=packing, batch_size=1 if packing else 8, quant='none', max_length=512)
+        model = add_lora(load_base(recipe)[0], recipe)
+        generator = torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            if 'lora_B' in name: p.data.normal_(0, .02, generator=generator)   # at zero, A would have no gradient
+        dataset, _ = encode_rows(load_rows('rehearsal')[:8], tok, recipe)
+        trainer = make_trainer(model, tok, dataset, [], recipe, tmp_path)
+        batches = list(trainer.get_train_dataloader())
+        assert len(batches) == 1 and ('position_ids' in batches[0]) == packing
+        trainer.compute_loss(trainer.model, batches[0]).backward()
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+    packed, unpacked = gradient(True), gradient(False)
+    assert torch.nn.functional.cosine_similarity(packed, unpacked, dim=0) > .9999
+    assert abs(packed.norm() / unpacked.norm() - 1) < 1e-3
+
+
+def test_trainable_parameters_and_ties_are_what_the_arithmetic_says():
+    recipe = Recipe.named('rehearsal')
+    model, _ = load_base(recipe)
+    config = model.config
+    q, kv, h, f = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim, config.hidden_size, config.intermediate_size
+    sides = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)]
+    tuned = add_lora(model, recipe)
+    assert count_trainable(tuned) == config.num_hidden_layers * recipe.lora_r * sum(a + b for a, b in sides)
+    assert tuned.get_output_embeddings().weight is tuned.get_input_embeddings().weight
+
+
+def test_the_same_seed_gives_the_same_adapter_bytes(tmp_path):
+    recipe = Recipe.named('rehearsal').replace(rows=200, valid_rows=20, epochs=1.0)
+    for name in 'ab':
+        prepare(recipe, tmp_path/name)
+        finetune(recipe, tmp_path/name)
+    weights = [(tmp_path/name/'adapter'/'adapter_model.safetensors').read_bytes() for name in 'ab']
+    assert weights[0] == weights[1]
