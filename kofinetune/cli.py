@@ -7,9 +7,9 @@ __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'Debu
            'resolve', 'stage_function', 'run_all', 'summary_rows', 'summary', 'estimate_command', 'ask', 'verify',
            'model_card', 'push', 'main']
 
-# %% ../nbs/b_cli.ipynb #f411cb81
-import os, sys
-from dataclasses import asdict, fields
+# %% ../nbs/b_cli.ipynb #1e1638a9
+import os, sys, warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +95,7 @@ for _name, _what in {'data': 'Rows: load, audit, split.', 'train': 'QLoRA: train
                      'merge': 'One model of base and adapter.', 'export': 'GGUF files, a Modelfile, and Ollama where it answers.',
                      'eval': 'Base, tuned and merged on the held-out rows.'}.items(): _stage_command(_name, _what)
 
-# %% ../nbs/b_cli.ipynb #88920e03
+# %% ../nbs/b_cli.ipynb #975ae1dd
 def summary_rows(
     run: Path,                     # a finished run
 ) -> list[tuple[str, str, str]]:   # what, before, after
@@ -122,7 +122,8 @@ def summary(
     "Print the closing table."
     from rich.console import Console
     from rich.table import Table
-    table = Table('', 'base', 'tuned', title=f'{run}', title_justify='left')
+    table = Table(title=f'{run}', title_justify='left')
+    for name in ('', 'base', 'tuned'): table.add_column(name, overflow='fold')
     for what, before, after in summary_rows(Path(run)): table.add_row(what, before.replace('\n', '⏎'), after.replace('\n', '⏎'))
     Console().print(table)
     if Recipe.load(Path(run)/'recipe.json').base == 'rehearsal':
@@ -195,12 +196,13 @@ def push(run: RunArgument, repo: Annotated[str, typer.Argument(metavar='REPO', h
         raise RuntimeError(f'{repo} was not pushed: {str(e).splitlines()[0]}; log in with: hf auth login') from None
     typer.echo(f'push: done, https://huggingface.co/{repo}')
 
-# %% ../nbs/b_cli.ipynb #a6a456d7
+# %% ../nbs/b_cli.ipynb #23b85cf7
 def main():
     "Run the command; the console script's entry."
     for name, value in dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false',
                             BITSANDBYTES_NOWELCOME='1').items(): os.environ.setdefault(name, value)
     if '--debug' in sys.argv: return app()
+    warnings.filterwarnings('ignore', category=FutureWarning)   # renamings inside peft and TRL
     try: app()
     except (ValueError, FileNotFoundError) as e: _fail(e, 2)
     except KeyboardInterrupt: _fail('interrupted; the same command goes on from the last finished stage', 1)

@@ -335,13 +335,13 @@ def _check_recipe(r):
     if r.max_new_tokens >= r.num_ctx:
         raise ValueError(f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room is left for a prompt')
 
-# %% ../nbs/00_data.ipynb #803b72ec
+# %% ../nbs/00_data.ipynb #f3d56e3e
 GEMMA = dict(base='google/gemma-3-270m', revision='9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1')
 PRESETS = {
     'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(), normalize=False, style='blog',
                          lora_r=8, lora_alpha=8, loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
     'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000),
-    'rehearsal': dict(packing=False, max_length=256, epochs=4.0, batch_size=8, grad_accum=1, learning_rate=3e-3,
+    'rehearsal': dict(max_length=256, epochs=4.0, batch_size=1, grad_accum=1, learning_rate=3e-3,
                       max_new_tokens=48, num_ctx=512),
 }
 

@@ -309,7 +309,7 @@ def plain_text(
         text.append(rng.choice(KINDS[name].tells).format(**rng.choice(KINDS[name].facts)))
     return text
 
-# %% ../nbs/a_rehearsal.ipynb #f61abdf4
+# %% ../nbs/a_rehearsal.ipynb #3f8b9ad7
 VOCAB = 1536  # pieces, the special ones included
 
 def train_tokenizer(
@@ -320,15 +320,16 @@ def train_tokenizer(
     "Train a SentencePiece tokenizer built as Gemma's is, and write it in both forms."
     import io, sentencepiece
     folder, model = Path(folder), io.BytesIO()
+    runs = [*('\n' * n for n in range(1, 32)), *('▁' * n for n in range(2, 32)), '\t']
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type='bpe', vocab_size=vocab,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3,
         pad_piece='<pad>', eos_piece='<eos>', bos_piece='<bos>', unk_piece='<unk>',
         control_symbols=['<mask>', '<start_of_turn>', '<end_of_turn>'],
-        user_defined_symbols=[*('\n' * n for n in range(1, 32)), *('▁' * n for n in range(2, 32)), '\t'],
-        byte_fallback=True, split_digits=True, character_coverage=1.0,
-        normalization_rule_name='identity', add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
+        user_defined_symbols=runs, byte_fallback=True, split_digits=True, character_coverage=1.0,
+        normalization_rule_name='identity', add_dummy_prefix=False,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
         num_threads=1, minloglevel=2)
     (folder/'tokenizer.model').write_bytes(model.getvalue())
     return save_for_transformers(folder)
@@ -376,7 +377,7 @@ def batches(
         made += [torch.nn.utils.rnn.pad_sequence(one, batch_first=True) for one in group]
     return made
 
-# %% ../nbs/a_rehearsal.ipynb #ed25a28c
+# %% ../nbs/a_rehearsal.ipynb #ce2909d4
 def pretrain(
     tok,                  # the tokenizer
     steps: int, batch_size: int, learning_rate: float, warmup: int, seed: int,
@@ -395,7 +396,8 @@ def pretrain(
     for ids in tqdm(batches(tok, steps, batch_size, seed), desc='stand-in base'):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         loss = torch.nn.functional.cross_entropy(
-            model.lm_head(hidden).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=tok.pad_token_id)
+            model.lm_head(hidden).flatten(0, 1), ids[:, 1:].flatten(),
+            ignore_index=tok.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(); schedule.step(); optimizer.zero_grad()

@@ -154,6 +154,22 @@ def test_tokens_beyond_the_embedding_are_dropped_only_when_added(odd, tmp_path):
     with pytest.raises(ValueError, match='has id'): read_tokens(tmp_path, size - 1)
 
 
+def test_scores_decide_between_two_cuts(odd, tmp_path):
+    "가나다 is 가 + 나다 for transformers, whose list has that merge first; leftmost-first would say 가나 + 다."
+    from transformers import AutoTokenizer
+    for path in odd.iterdir(): shutil.copyfile(path, tmp_path/path.name)
+    data = json.loads((odd/'tokenizer.json').read_text(encoding='utf-8'))
+    first = len(data['model']['vocab'])
+    data['model']['vocab'] |= {'나다': first, '가나': first + 1}
+    data['model']['merges'] += [['나', '다'], ['가', '나']]
+    (tmp_path/'tokenizer.json').write_text(json.dumps(data), encoding='utf-8')
+    tok = AutoTokenizer.from_pretrained(tmp_path)
+    assert tok.tokenize('가나다') == ['가', '나다'] and tok.tokenize('가나') == ['가나']
+    write_gguf(tmp_path, tmp_path/'m.gguf')
+    proof = verify_gguf(tmp_path, tmp_path/'m.gguf', ['가나다', '다가나다가나'], answers=1, max_new_tokens=1)
+    assert proof['tokens'] == dict(checked=2, different=0, extra_bos=0, examples=[])
+
+
 def test_the_real_size(tmp_path):
     "Gemma 3 270M's exact shape with made-up weights: the file's size, its last rows, and a word from the engine."
     import gguf
