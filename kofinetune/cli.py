@@ -7,15 +7,15 @@ __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'Debu
            'resolve', 'stage_function', 'run_all', 'summary_rows', 'summary', 'estimate_command', 'ask', 'verify',
            'model_card', 'push', 'main']
 
-# %% ../nbs/b_cli.ipynb #1e1638a9
-import os, sys, warnings
+# %% ../nbs/b_cli.ipynb #ecdfce3c
+import json, os, sys, warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .data import COMMANDS, PRESETS, Recipe, need, read_jsonl, read_manifest
+from .data import COMMANDS, PRESETS, Recipe, format_prompt, need, read_jsonl, read_manifest
 
 # %% ../nbs/b_cli.ipynb #fd97b578
 def parse_setting(
@@ -156,26 +156,23 @@ def verify(run: RunArgument, debug: DebugOption = False):
     need(run, 'ollama')
     for proof, result in verify_run(Recipe.load(run/'recipe.json'), run).items(): typer.echo(f'{proof}: {result}')
 
-# %% ../nbs/b_cli.ipynb #1588495d
+# %% ../nbs/b_cli.ipynb #b204b641
 def model_card(
     run: Path,  # a finished run
 ) -> str:       # Markdown with YAML front matter, as the Hub reads it
     "Write the card of a run's merged model from its recipe and its report."
     from huggingface_hub import ModelCardData
     from kofinetune.eval import headline
-    import json
+    from kofinetune.export import licences
     recipe = Recipe.load(need(run, 'merged').parent/'recipe.json')
     report = json.loads((need(run, 'eval')/'report.json').read_text(encoding='utf-8'))
     gemma, koalpaca = 'gemma' in recipe.base, recipe.source.startswith('koalpaca')
     data = ModelCardData(language='ko', library_name='transformers', pipeline_tag='text-generation', tags=['kofinetune'],
                          license='gemma' if gemma else 'cc-by-nc-4.0' if koalpaca else 'other',
                          base_model=recipe.base if gemma else None)
-    terms = [f'Model: {"the Gemma Terms of Use, https://ai.google.dev/gemma/terms" if gemma else "see the base, " + recipe.base}.',
-             f'Data: {"KoAlpaca, CC BY-NC 4.0: attribution, no commercial use" if koalpaca else recipe.source}.']
-    from kofinetune.data import format_prompt
     prompt = format_prompt(dict(instruction='{instruction}', input='{input}'), recipe.style)
     return (f'---\n{data.to_yaml()}\n---\n\n# {recipe.name}\n\n{headline(report)}\n\n## Prompt\n\n```text\n{prompt}```\n\n'
-            f'## Terms\n\n' + '\n'.join(f'- {t}' for t in terms) + '\n')
+            f'## Terms\n\n' + '\n'.join(f'- {t}' for t in licences(recipe.source, recipe.base)) + '\n')
 
 @app.command('push')
 def push(run: RunArgument, repo: Annotated[str, typer.Argument(metavar='REPO', help='owner/name on the Hugging Face Hub.')],
@@ -196,14 +193,14 @@ def push(run: RunArgument, repo: Annotated[str, typer.Argument(metavar='REPO', h
         raise RuntimeError(f'{repo} was not pushed: {str(e).splitlines()[0]}; log in with: hf auth login') from None
     typer.echo(f'push: done, https://huggingface.co/{repo}')
 
-# %% ../nbs/b_cli.ipynb #23b85cf7
+# %% ../nbs/b_cli.ipynb #4d828ade
 def main():
     "Run the command; the console script's entry."
     for name, value in dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false',
                             BITSANDBYTES_NOWELCOME='1').items(): os.environ.setdefault(name, value)
-    if '--debug' in sys.argv: return app()
+    if '--debug' in sys.argv: return app(prog_name='kofinetune')
     warnings.filterwarnings('ignore', category=FutureWarning)   # renamings inside peft and TRL
-    try: app()
+    try: app(prog_name='kofinetune')
     except (ValueError, FileNotFoundError) as e: _fail(e, 2)
     except KeyboardInterrupt: _fail('interrupted; the same command goes on from the last finished stage', 1)
     except Exception as e: _fail(e if isinstance(e, (RuntimeError, OSError)) else f'{type(e).__name__}: {e}', 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from .data import (INPUT_HEAD, INSTRUCTION_HEAD, RESPONSE_HEAD, SECTION_GAP, STYLES, Recipe, file_hashes,
                              format_prompt, need, read_jsonl, read_manifest, run_lock, stage, write_json)
 
-# %% ../nbs/03_ollama_export.ipynb #c4e855f1
+# %% ../nbs/03_ollama_export.ipynb #92980a2a
 def read_config(
     model_dir: Path,  # a folder with the config.json of a Gemma 3 text model
 ) -> dict:            # the configuration, as transformers 5 writes it
@@ -28,14 +28,17 @@ def read_config(
     config = json.loads(path.read_text(encoding='utf-8'))
     known = dict(model_type='gemma3_text')
     if config.get('model_type') == 'gemma3_text':
-        kinds = ['full_attention' if i % 6 == 5 else 'sliding_attention' for i in range(config['num_hidden_layers'])]
-        known |= dict(layer_types=kinds, query_pre_attn_scalar=config['head_dim'], hidden_activation='gelu_pytorch_tanh',
-                      attention_bias=False, attn_logit_softcapping=None, final_logit_softcapping=None,
+        kinds = ['full_attention' if i % 6 == 5 else 'sliding_attention'
+                 for i in range(config['num_hidden_layers'])]
+        known |= dict(layer_types=kinds, query_pre_attn_scalar=config['head_dim'],
+                      hidden_activation='gelu_pytorch_tanh', attention_bias=False,
+                      attn_logit_softcapping=None, final_logit_softcapping=None,
                       use_bidirectional_attention=False)
         for kind in ('full_attention', 'sliding_attention'): known[f'rope_parameters/{kind}/rope_type'] = 'default'
     for key, value in known.items():
         seen = config
-        for part in key.split('/'): seen = (seen or {}).get(part, None if '/' in key or key == 'model_type' else value)
+        absent = None if '/' in key or key == 'model_type' else value
+        for part in key.split('/'): seen = (seen or {}).get(part, absent)
         if seen != value: raise ValueError(f'{path}: {key} is {seen!r}; the export knows only {value!r}')
     return config
 
@@ -50,7 +53,7 @@ def token_scores(
         scores.setdefault(left + right, -float(rank))
     return scores
 
-# %% ../nbs/03_ollama_export.ipynb #4177943d
+# %% ../nbs/03_ollama_export.ipynb #a2a3c79c
 UNREACHABLE = -1e6  # the score of a piece that no merge makes
 
 def read_tokens(
@@ -74,7 +77,8 @@ def read_tokens(
         if text == '<unk>': kept[i] = text, 0., TokenType.UNKNOWN
         elif a['special']: kept[i] = text, 0., TokenType.CONTROL
         elif set(text) in ({'\n'}, {'\t'}): kept[i] = text, 1., TokenType.NORMAL
-        elif set(text) == {'▁'}: kept[i] = text, 1. if a['normalized'] else scores.get(text, UNREACHABLE), TokenType.NORMAL
+        elif set(text) == {'▁'}:
+            kept[i] = text, 1. if a['normalized'] else scores.get(text, UNREACHABLE), TokenType.NORMAL
         else: kept[i] = text.replace('▁', ' '), 0., TokenType.USER_DEFINED
     rows = [row or (f'[PAD{i}]', UNREACHABLE, TokenType.UNUSED) for i, row in enumerate(kept)]
     tokens, scores, types = zip(*rows)
@@ -84,7 +88,8 @@ def read_tokens(
 def _check_tokenizer(path, data, size):
     "Raise ValueError unless `data` is a byte-fallback BPE that turns spaces into ▁ and adds none of its own."
     model, gemma = data['model'], {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
-    seen = dict(type=model.get('type'), byte_fallback=model.get('byte_fallback'), merges=len(model.get('merges') or []))
+    seen = dict(type=model.get('type'), byte_fallback=model.get('byte_fallback'),
+                merges=len(model.get('merges') or []))
     if seen['type'] != 'BPE' or not seen['byte_fallback'] or not seen['merges']:
         raise ValueError(f'{path}: the tokenizer has {seen}; the export knows BPE with byte_fallback and merges')
     if data.get('normalizer') != gemma:
@@ -93,7 +98,8 @@ def _check_tokenizer(path, data, size):
     if missing: raise ValueError(f'{path}: the vocabulary lacks {missing[0]}, which Gemma has')
     beyond = [t for t, i in model['vocab'].items() if i >= size]
     beyond = [t for t in beyond if t not in {a['content'] for a in data['added_tokens']}]
-    if beyond: raise ValueError(f'{path}: {beyond[0]!r} has id {model["vocab"][beyond[0]]}, but the embedding has {size} rows')
+    if beyond: raise ValueError(f'{path}: {beyond[0]!r} has id {model["vocab"][beyond[0]]}, '
+                                f'but the embedding has {size} rows')
 
 # %% ../nbs/03_ollama_export.ipynb #9bc00fc5
 TYPES = dict(bf16='BF16', f16='F16', q8_0='Q8_0')  # what `write_gguf` writes, and GGML's name for it
@@ -107,7 +113,7 @@ def plan_tensor(
     if len(shape) == 1: return 'F32'
     return 'BF16' if dtype == 'q8_0' and shape[-1] % 32 else TYPES[dtype]
 
-# %% ../nbs/03_ollama_export.ipynb #371e7e85
+# %% ../nbs/03_ollama_export.ipynb #76b2bf71
 @contextmanager
 def open_tensors(
     model_dir: Path,  # a folder with one or several .safetensors files
@@ -137,7 +143,8 @@ def write_gguf(
                 if not (key == 'lm_head.weight' and config['tie_word_embeddings'])}
         unknown = [key for key, (_, new) in plan.items() if new is None]
         if unknown: raise ValueError(f'{model_dir} holds {unknown[0]!r}, which Gemma 3 does not have')
-        types = {key: gguf.GGMLQuantizationType[plan_tensor(part.get_shape(), dtype)] for key, (part, _) in plan.items()}
+        types = {key: gguf.GGMLQuantizationType[plan_tensor(part.get_shape(), dtype)]
+                 for key, (part, _) in plan.items()}
         tokens = read_tokens(model_dir, plan['model.embed_tokens.weight'][0].get_shape()[0])
         writer = gguf.GGUFWriter(temporary, 'gemma3')
         try:
@@ -145,11 +152,12 @@ def write_gguf(
             for key, (part, new) in plan.items(): _announce(writer, new, part.get_shape(), types[key])
             writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_ti_data_to_file()
             for key, (part, _) in plan.items():
-                writer.write_tensor_data(np.concatenate(list(_encoded(part, types[key], key.endswith('norm.weight')))))
+                pieces = _encoded(part, types[key], key.endswith('norm.weight'))
+                writer.write_tensor_data(np.concatenate(list(pieces)))
         except BaseException: writer.close(); temporary.unlink(missing_ok=True); raise
         writer.close()
     os.replace(temporary, path)
-    fell_back = [new for key, (part, new) in plan.items() if len(part.get_shape()) > 1 and types[key].name != TYPES[dtype]]
+    fell_back = [new for key, (_, new) in plan.items() if types[key].name not in ('F32', TYPES[dtype])]
     return dict(bytes=path.stat().st_size, tensors=len(plan), fell_back=fell_back, dropped=tokens['dropped'])
 
 def _add_keys(writer, config, tokens, dtype, name):
@@ -157,35 +165,22 @@ def _add_keys(writer, config, tokens, dtype, name):
     import gguf
     rope = {kind: values['rope_theta'] for kind, values in config['rope_parameters'].items()}
     ids = {text: i for i, text in enumerate(tokens['tokens'])}
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[f'MOSTLY_{TYPES[dtype]}'])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config['max_position_embeddings'])
-    writer.add_embedding_length(config['hidden_size'])
-    writer.add_block_count(config['num_hidden_layers'])
-    writer.add_feed_forward_length(config['intermediate_size'])
-    writer.add_head_count(config['num_attention_heads'])
-    writer.add_head_count_kv(config['num_key_value_heads'])
-    writer.add_key_length(config['head_dim'])
-    writer.add_value_length(config['head_dim'])
-    writer.add_layer_norm_rms_eps(config['rms_norm_eps'])
-    writer.add_sliding_window(config['sliding_window'])
-    writer.add_rope_freq_base(rope['full_attention'])
-    writer.add_rope_freq_base_swa(rope['sliding_attention'])                       # llama.cpp's key for the window layers
-    writer.add_float32('gemma3.rope.local.freq_base', rope['sliding_attention'])   # and Ollama's
-    writer.add_tokenizer_model('llama')
-    writer.add_tokenizer_pre('default')
-    writer.add_token_list(tokens['tokens'])
-    writer.add_token_scores(tokens['scores'])
-    writer.add_token_types(tokens['types'])
-    writer.add_bos_token_id(ids['<bos>'])
-    writer.add_eos_token_id(ids['<eos>'])
-    writer.add_eot_token_id(ids.get('<end_of_turn>', ids['<eos>']))  # left out, Ollama would stop at token 106, whatever it is
-    writer.add_unk_token_id(ids['<unk>'])
-    writer.add_pad_token_id(ids['<pad>'])
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
+    keys = dict(
+        name=name, file_type=gguf.LlamaFileType[f'MOSTLY_{TYPES[dtype]}'],
+        quantization_version=gguf.GGML_QUANT_VERSION, context_length=config['max_position_embeddings'],
+        embedding_length=config['hidden_size'], block_count=config['num_hidden_layers'],
+        feed_forward_length=config['intermediate_size'], head_count=config['num_attention_heads'],
+        head_count_kv=config['num_key_value_heads'], key_length=config['head_dim'],
+        value_length=config['head_dim'], layer_norm_rms_eps=config['rms_norm_eps'],
+        sliding_window=config['sliding_window'], rope_freq_base=rope['full_attention'],
+        rope_freq_base_swa=rope['sliding_attention'],
+        tokenizer_model='llama', tokenizer_pre='default', token_list=tokens['tokens'],
+        token_scores=tokens['scores'], token_types=tokens['types'], bos_token_id=ids['<bos>'],
+        eos_token_id=ids['<eos>'], unk_token_id=ids['<unk>'], pad_token_id=ids['<pad>'],
+        eot_token_id=ids.get('<end_of_turn>', ids['<eos>']),  # without it Ollama would stop at token 106
+        add_bos_token=True, add_eos_token=False, add_space_prefix=False)
+    for key, value in keys.items(): getattr(writer, f'add_{key}')(value)
+    writer.add_float32('gemma3.rope.local.freq_base', rope['sliding_attention'])  # Ollama's name for ..._swa
 
 def _announce(writer, name, shape, kind):
     "Write the name, shape and type of a tensor whose bytes follow later."
@@ -234,7 +229,7 @@ def load_gguf(
     if stored: raise ValueError(f'{path} holds {next(iter(stored))!r}, which the model in {model_dir} has not')
     return model
 
-# %% ../nbs/03_ollama_export.ipynb #66b9c74f
+# %% ../nbs/03_ollama_export.ipynb #159a2381
 STOPS = tuple(head.strip() for head in (INSTRUCTION_HEAD, INPUT_HEAD, RESPONSE_HEAD))
 
 def prompt_template(
@@ -242,7 +237,8 @@ def prompt_template(
 ) -> str:                   # a Go template: the last user turn is the instruction, `system` the input
     "Write `format_prompt` in Ollama's template language."
     if style not in STYLES: raise ValueError(f'style is {style!r}; it is one of {", ".join(STYLES)}')
-    last = ('{{ $question := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $question = .Content }}{{ end }}{{ end }}')
+    last = ('{{ $question := "" }}{{ range .Messages }}'
+            '{{ if eq .Role "user" }}{{ $question = .Content }}{{ end }}{{ end }}')
     given = INPUT_HEAD + '{{ .System }}' + SECTION_GAP
     if style == 'alpaca': given = '{{ if .System }}' + given + '{{ end }}'
     return last + INSTRUCTION_HEAD + '{{ $question }}' + SECTION_GAP + given + RESPONSE_HEAD
@@ -255,7 +251,8 @@ def modelfile_value(
     for number, line in enumerate(text.split('\n'), 1):
         for column, c in enumerate(line, 1):
             if not (c.isprintable() or c == '\t'):
-                raise ValueError(f'{where}: line {number}, column {column} is U+{ord(c):04X}, which Ollama drops silently')
+                raise ValueError(f'{where}: line {number}, column {column} is U+{ord(c):04X}, '
+                                 'which Ollama drops silently')
         if number <= text.count('\n') and line.rstrip().endswith('"""'):
             raise ValueError(f'{where}: line {number} ends in """, which would end the value there')
     return f'"""{text}"""'
@@ -272,7 +269,8 @@ def modelfile(
 ) -> str:
     "Write a Modelfile for a model trained on `format_prompt`."
     if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*\.gguf', gguf):
-        raise ValueError(f'FROM {gguf!r}: it must be the plain ASCII name of a .gguf file; Ollama takes anything else for a model to download')
+        raise ValueError(f'FROM {gguf!r}: it must be the plain ASCII name of a .gguf file; '
+                         'Ollama takes anything else for a model to download')
     parameters = dict(temperature=temperature, num_ctx=num_ctx, num_predict=num_predict, repeat_penalty=1.0)
     if threads: parameters['num_thread'] = threads
     lines = [f'FROM ./{gguf}', 'TEMPLATE ' + modelfile_value(prompt_template(style), 'TEMPLATE')]
@@ -281,14 +279,15 @@ def modelfile(
     lines += ['LICENSE ' + modelfile_value(text, 'LICENSE') for text in licences]
     return '\n'.join(lines) + '\n'
 
-# %% ../nbs/03_ollama_export.ipynb #62e58da6
+# %% ../nbs/03_ollama_export.ipynb #9f07da2c
 def read_modelfile(
     text: str,  # what `modelfile` wrote, or what Ollama's show returns
 ) -> dict:      # from, template, parameters (numbers; stop is a list), license (list)
     "Read a Modelfile by Ollama's rule: a value in triple quotes ends where a line ends in them."
     made = {'from': None, 'template': '', 'parameters': {}, 'license': []}
     value = r'(?:"""(?P<block>.*?)"""[ \t]*|"(?P<quoted>[^\n]*)"|(?P<plain>[^\n]*?))$'
-    for m in re.finditer(r'^(?P<name>FROM|TEMPLATE|LICENSE|PARAMETER (?P<key>\w+)) ' + value, text, re.M | re.S):
+    name = r'^(?P<name>FROM|TEMPLATE|LICENSE|PARAMETER (?P<key>\w+)) '
+    for m in re.finditer(name + value, text, re.M | re.S):
         said = next(v for v in (m['block'], m['quoted'], m['plain']) if v is not None)
         if m['key'] == 'stop': made['parameters'].setdefault('stop', []).append(said)
         elif m['key']: made['parameters'][m['key']] = json.loads(said)
@@ -296,43 +295,44 @@ def read_modelfile(
         else: made[m['name'].lower()] = said
     return made
 
-# %% ../nbs/03_ollama_export.ipynb #03970bd3
+# %% ../nbs/03_ollama_export.ipynb #844c9d6d
 def licences(
     source: str,  # a recipe's source of rows
     base: str,    # a recipe's base
 ) -> tuple[str, ...]:  # one text for the rows, one for the weights
     "Say under which terms the rows and the base allow the model to be used."
     if source.startswith('koalpaca'):
-        rows = ('Training rows: KoAlpaca (https://github.com/Beomi/KoAlpaca), CC BY-NC 4.0, non-commercial use only:\n'
-                'https://creativecommons.org/licenses/by-nc/4.0/')
+        rows = ('Training rows: KoAlpaca (https://github.com/Beomi/KoAlpaca), CC BY-NC 4.0, '
+                'non-commercial use only:\nhttps://creativecommons.org/licenses/by-nc/4.0/')
     elif source == 'rehearsal': rows = 'Training rows: generated by the kofinetune project, Apache-2.0.'
     else: rows = 'Training rows: from a file of your own; its terms are yours to state.'
     if base == 'rehearsal':
-        weights = ('Weights: a stand-in that kofinetune trained from nothing to rehearse the method, Apache-2.0. It is no Gemma, and '
-                   "Gemma's terms do not apply to it.")
+        weights = ('Weights: a stand-in that kofinetune trained from nothing to rehearse the method, '
+                   "Apache-2.0. It is no Gemma, and Gemma's terms do not apply to it.")
         if source == 'rehearsal': weights += ' Neither do the terms of KoAlpaca.'
     elif 'gemma' in base.lower():
-        weights = ('Weights: a derivative of Gemma. Gemma is provided under and subject to the Gemma Terms of Use found at\n'
-                   'https://ai.google.dev/gemma/terms')
+        weights = ('Weights: a derivative of Gemma. Gemma is provided under and subject to the '
+                   'Gemma Terms of Use found at\nhttps://ai.google.dev/gemma/terms')
     else: weights = f'Weights: made from {base}, whose terms apply.'
     return rows, weights
 
-# %% ../nbs/03_ollama_export.ipynb #f82ded5d
+# %% ../nbs/03_ollama_export.ipynb #234a028a
 def check_name(
     name: str,  # [host/][namespace/]model[:tag]
 ) -> str:       # the name with its tag
     "Check a model's name as Ollama does, and add the tag `latest` where there is none."
     word, dotted = r'[A-Za-z0-9_][A-Za-z0-9_-]{0,79}', r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}'
     match = re.fullmatch(rf'(?:[A-Za-z0-9_][A-Za-z0-9_.:-]*/)?(?:{word}/)?{dotted}(?P<tag>:{dotted})?', name)
-    if not match: raise ValueError(f'ollama_name is {name!r}; a name has 1 to 80 of A-Z a-z 0-9 _ - . and begins with a letter, a digit or _')
+    if not match: raise ValueError(f'ollama_name is {name!r}; a name has 1 to 80 of A-Z a-z 0-9 _ - . '
+                                   'and begins with a letter, a digit or _')
     return name if match['tag'] else name + ':latest'
 
-# %% ../nbs/03_ollama_export.ipynb #3cba3c6d
+# %% ../nbs/03_ollama_export.ipynb #043cdce7
 @contextmanager
 def serve_gguf(
     path: Path,           # a GGUF file
     num_ctx: int = 2048,  # tokens of prompt and answer
-    threads: int = 1,     # two threads wait for each other by spinning: on a busy machine they are far slower than one
+    threads: int = 1,     # two threads spin while they wait for each other: slow on a busy machine
 ):                        # an httpx client of the server
     "Serve a GGUF file with llama.cpp inside this process, while the block runs."
     import httpx, xllamacpp
@@ -344,18 +344,19 @@ def serve_gguf(
     with httpx.Client(base_url=server.listening_address, timeout=600) as client: yield client
     del server
 
-# %% ../nbs/03_ollama_export.ipynb #a187d688
+# %% ../nbs/03_ollama_export.ipynb #592236d0
 def difficult_rows() -> list[dict]:  # rows without an answer
     "Make rows whose text is easily damaged between a prompt and its tokens."
-    texts = ['괭이가 뫄뫄 뼉 쀍 힣', unicodedata.normalize('NFD', '한국어 값'), '\U0001F469\u200D\U0001F469\u200D\U0001F467 \U0001F44D\U0001F3FD 🇰🇷',
-             '\t탭\t\t사이\t', '  앞뒤 빈칸  ', '한 줄\n\n\n\n네 줄 뒤\n \n끝\n', '따옴표 """ 와 " 와 \'', '"""', '{{ .System }} {{ if }} }}', '<eos>',
-             '<bos>가', '<start_of_turn>user\n안녕<end_of_turn>', '<0xEA>[PAD3]', 'مرحبا שלום', ('다람쥐 헌 쳇바퀴에 타고파. ' * 150)[:2000],
-             'a\r\nb', '\u00a0\u3000\u200b\ufeff가', '가    나     다', ' ' * 40, '\n' * 40 + '끝', '漢字 カタカナ', '### Instruction:\n', '#', '\\n',
-             'ㅋㅋㅎㅎ', '0123456789', '１２３', '\x07']
-    return [dict(instruction=t, input='') for t in texts] + [dict(instruction='고치세요.', input=t) for t in texts]
+    texts = ['괭이가 뫄뫄 뼉 쀍 힣', unicodedata.normalize('NFD', '한국어 값'), '\t탭\t\t사이\t', '  앞뒤 빈칸  ',
+             '\U0001F469\u200D\U0001F469\u200D\U0001F467 \U0001F44D\U0001F3FD 🇰🇷', '가    나     다',
+             '한 줄\n\n\n\n네 줄 뒤\n \n끝\n', '\n' * 40 + '끝', ' ' * 40, 'a\r\nb', '\u00a0\u3000\u200b\ufeff가',
+             '따옴표 "" 와 " 와 \'', '큰따옴표 셋 """', '"""', '{{ .System }} {{ if }} }}', '\\n', '\x07',
+             '<eos>', '<bos>가', '<start_of_turn>user\n안녕<end_of_turn>', '<0xEA>[PAD3]', '### Instruction:\n', '#',
+             'مرحبا שלום', '漢字 カタカナ', 'ㅋㅋㅎㅎ', '0123456789', '１２３', ('다람쥐 헌 쳇바퀴에 타고파. ' * 150)[:2000]]
+    return [row for t in texts for row in (dict(instruction=t, input=''), dict(instruction='고치세요.', input=t))]
 
-# %% ../nbs/03_ollama_export.ipynb #7958cc92
-SMALL = 30e6  # parameters: a smaller model is faster on one thread, for two spend their time waiting for each other
+# %% ../nbs/03_ollama_export.ipynb #c7114281
+SMALL = 30e6  # parameters: below, two threads wait for each other longer than they work
 
 def reference_answers(
     model_dir: Path,           # a merged folder
@@ -378,14 +379,15 @@ def reference_answers(
         inputs = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
         with torch.inference_mode():
             logp = model(**inputs, logits_to_keep=1).logits[:, -1].log_softmax(-1).numpy()
-            out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=tok.pad_token_id)
-        for i, values, sequence in zip(chosen, logp, out[:, inputs['input_ids'].shape[1]:].tolist()):
+            out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends,
+                                 pad_token_id=tok.pad_token_id)[:, inputs['input_ids'].shape[1]:]
+        for i, values, sequence in zip(chosen, logp, out.tolist()):
             end = next((k for k, token in enumerate(sequence) if token in ends), len(sequence))
             made[i] = dict(ids=tok(prompts[i])['input_ids'], logp=values, answer=sequence[:end])
     torch.set_num_threads(threads)
     return made
 
-# %% ../nbs/03_ollama_export.ipynb #80ec2bca
+# %% ../nbs/03_ollama_export.ipynb #9a062c11
 def verify_gguf(
     model_dir: Path,            # the merged folder that the file was made of
     gguf: Path,                 # the file
@@ -399,34 +401,37 @@ def verify_gguf(
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(model_dir)
     reference = reference or reference_answers(model_dir, prompts[:answers], max_new_tokens)
-    wanted = tok(prompts)['input_ids']
-    seen = []
+    wanted, seen = tok(prompts)['input_ids'], []
+    ends = (tok.eos_token_id, tok.convert_tokens_to_ids('<end_of_turn>'))
     with serve_gguf(gguf, max(map(len, wanted)) + max_new_tokens + 8, threads) as server:
+        def ask(path, **request): return server.post(path, json=request).json()
         for i, prompt in enumerate(prompts):
-            ids = server.post('/tokenize', json=dict(content=prompt, add_special=True, parse_special=True)).json()['tokens']
+            ids = ask('/tokenize', content=prompt, add_special=True, parse_special=True)['tokens']
             bos = ids.count(tok.bos_token_id) - prompt.count('<bos>')
             seen.append(dict(ok=ids == wanted[i] and bos == 1, bos=bos, prompt=prompt))
             if i >= len(reference): continue
-            said = server.post('/completion', json=dict(prompt=prompt, n_predict=max_new_tokens, temperature=0, n_probs=5,
-                                                        return_tokens=True, cache_prompt=False)).json()
+            said = ask('/completion', prompt=prompt, n_predict=max_new_tokens, temperature=0, n_probs=5,
+                       return_tokens=True, cache_prompt=False)
             seen[-1]['ok'] &= said['tokens_evaluated'] == len(wanted[i])
             first = (said.get('completion_probabilities') or [dict(top_logprobs=[])])[0]['top_logprobs']
-            answer = [t for t in said['tokens'] if t not in (tok.eos_token_id, tok.convert_tokens_to_ids('<end_of_turn>'))]
+            answer = [t for t in said['tokens'] if t not in ends]
             seen[-1] |= dict(top={t['id']: t['logprob'] for t in first}, same=answer == reference[i]['answer'])
     engine = f'xllamacpp {version("xllamacpp")}'
-    return dict(text=dict(checked=0, skipped='only Ollama renders a prompt'), **_proof(seen, reference), server=None, engine=engine)
+    text = dict(checked=0, skipped='only Ollama renders a prompt')
+    return dict(text=text, **_proof(seen, reference), server=None, engine=engine)
 
 def _proof(seen, reference):
     "Count what was compared and what differed."
     wrong = [s['prompt'] for s in seen if not s['ok']]
     answered = [(s, r) for s, r in zip(seen, reference)]
     gaps = [abs(r['logp'][i] - value) for s, r in answered for i, value in s['top'].items()]
-    return dict(tokens=dict(checked=len(seen), different=len(wrong), extra_bos=sum(s['bos'] != 1 for s in seen), examples=wrong[:5]),
-                logprobs=dict(checked=len(answered), compared=len(gaps), max_difference=round(float(max(gaps, default=0)), 6),
-                              mean_difference=round(float(sum(gaps) / max(len(gaps), 1)), 6)),
+    most, mean = (round(float(x), 6) for x in (max(gaps, default=0), sum(gaps) / max(len(gaps), 1)))
+    return dict(tokens=dict(checked=len(seen), different=len(wrong), extra_bos=sum(s['bos'] != 1 for s in seen),
+                            examples=wrong[:5]),
+                logprobs=dict(checked=len(answered), compared=len(gaps), max_difference=most, mean_difference=mean),
                 greedy=dict(checked=len(answered), equal=sum(s['same'] for s, _ in answered)))
 
-# %% ../nbs/03_ollama_export.ipynb #f1c5caaf
+# %% ../nbs/03_ollama_export.ipynb #9ad66103
 LIMITS = dict(bf16=(.05, .95), f16=(.05, .95), q8_0=(.5, 0))  # nats of the largest difference, share of equal answers
 
 def proof_failures(
@@ -437,10 +442,14 @@ def proof_failures(
     gap, share = LIMITS[dtype]
     text, tokens, numbers, greedy = (proof[name] for name in ('text', 'tokens', 'logprobs', 'greedy'))
     found = []
-    if text.get('different'): found.append(f"{text['different']} of {text['checked']} prompts are rendered differently, first {text['examples'][0]!r}")
-    if tokens['different']: found.append(f"{tokens['different']} of {tokens['checked']} prompts have other tokens, first {tokens['examples'][0]!r:.90}")
-    if not numbers['max_difference'] <= gap: found.append(f"log-probabilities differ by {numbers['max_difference']}, more than {gap}")
-    if greedy['equal'] < share * greedy['checked']: found.append(f"only {greedy['equal']} of {greedy['checked']} greedy answers are equal")
+    def count(part, what): found.append(f"{part['different']} of {part['checked']} prompts {what}, "
+                                        f"first {part['examples'][0]!r:.90}")
+    if text.get('different'): count(text, 'are rendered differently')
+    if tokens['different']: count(tokens, 'have other tokens')
+    if not numbers['max_difference'] <= gap:
+        found.append(f"log-probabilities differ by {numbers['max_difference']}, more than {gap}")
+    if greedy['equal'] < share * greedy['checked']:
+        found.append(f"only {greedy['equal']} of {greedy['checked']} greedy answers are equal")
     return found
 
 # %% ../nbs/03_ollama_export.ipynb #c9befbba
@@ -460,14 +469,15 @@ def server_version(
     try: return httpx.get(server_url(host) + '/api/version', timeout=timeout).json()['version']
     except (httpx.HTTPError, ValueError, KeyError): return None
 
-# %% ../nbs/03_ollama_export.ipynb #6e6950fb
+# %% ../nbs/03_ollama_export.ipynb #289071c9
 def list_models(
     host: str | None = None,
 ) -> list[dict]:  # name, size in bytes, modified: newest first, as `ollama list` has them
     "List the models of an Ollama server."
     import ollama
     models = ollama.Client(host=host).list().models
-    return [dict(name=m.model, size=int(m.size), modified=m.modified_at.isoformat(timespec='seconds')) for m in models]
+    return [dict(name=m.model, size=int(m.size), modified=m.modified_at.isoformat(timespec='seconds'))
+            for m in models]
 
 def create_model(
     name: str,                # the model's name, with or without a tag
@@ -478,15 +488,18 @@ def create_model(
     import httpx, ollama
     from tqdm.auto import tqdm
     name, folder, url = check_name(name), Path(folder), server_url(host)
-    if not (folder/'Modelfile').is_file(): raise FileNotFoundError(f'{folder}/Modelfile is missing; make it with: kofinetune export')
-    if server_version(host) is None: raise RuntimeError(f'no Ollama server answers at {url}; start one with: ollama serve')
+    if not (folder/'Modelfile').is_file():
+        raise FileNotFoundError(f'{folder}/Modelfile is missing; make it with: kofinetune export')
+    if server_version(host) is None:
+        raise RuntimeError(f'no Ollama server answers at {url}; start one with: ollama serve')
     said = read_modelfile((folder/'Modelfile').read_text(encoding='utf-8'))
     path = folder/said.pop('from')
     digest = 'sha256:' + file_hashes(path.parent)[path.name]
     size = path.stat().st_size
     with tqdm(total=size, unit='B', unit_scale=True, desc=f'{path.name} to Ollama', leave=False) as bar:
         if httpx.head(f'{url}/api/blobs/{digest}').status_code != 200:
-            httpx.post(f'{url}/api/blobs/{digest}', content=_chunks(path, bar), timeout=None).raise_for_status()
+            sent = httpx.post(f'{url}/api/blobs/{digest}', content=_chunks(path, bar), timeout=None)
+            sent.raise_for_status()
         for step in ollama.Client(host=host).create(name, files={path.name: digest}, stream=True, **said):
             bar.set_description(f'{path.name}: {step.status.split(" sha256")[0]}')
     return next(m for m in list_models(host) if m['name'] == name)
@@ -496,7 +509,7 @@ def _chunks(path, bar, size=1 << 20):
     with path.open('rb') as f:
         while piece := f.read(size): bar.update(len(piece)); yield piece
 
-# %% ../nbs/03_ollama_export.ipynb #61aefb68
+# %% ../nbs/03_ollama_export.ipynb #bef9d624
 def verify_ollama(
     name: str,                  # a model that the server has
     model_dir: Path,            # the merged folder that it was made of
@@ -513,31 +526,35 @@ def verify_ollama(
     tok, prompts = AutoTokenizer.from_pretrained(model_dir), [format_prompt(row, style) for row in rows]
     reference = reference or reference_answers(model_dir, prompts[:answers], max_new_tokens)
     wanted, pieces = tok(prompts)['input_ids'], _pieces(tok)
-    options = dict(num_ctx=max(map(len, wanted)) + max_new_tokens + 8, num_thread=1, temperature=0, repeat_penalty=1, stop=[])
+    options = dict(num_ctx=max(map(len, wanted)) + max_new_tokens + 8, num_thread=1, temperature=0,
+                   repeat_penalty=1, stop=[])
     seen, wrong = [], []
     with httpx.Client(base_url=server_url(host), timeout=600) as server:
         def ask(path, **request): return _said(server.post(path, json=dict(model=name, stream=False, **request)))
         for i, (row, prompt) in enumerate(zip(rows, prompts)):
-            texts = [ask(path, **request, options=options, _debug_render_only=True)['_debug_info']['rendered_template'] for path, request in
-                     {'/api/generate': dict(prompt=row['instruction'], system=row['input']), '/api/chat': dict(messages=_messages(row))}.items()]
-            if texts != [prompt, prompt]: wrong.append(prompt)
+            question = dict(prompt=row['instruction'], system=row['input'])
+            texts = [ask(path, options=options, _debug_render_only=True, **request)['_debug_info'] for path, request
+                     in (('/api/generate', question), ('/api/chat', dict(messages=_messages(row))))]
+            if any(text['rendered_template'] != prompt for text in texts): wrong.append(prompt)
             length = max_new_tokens if i < len(reference) else 1
-            said = ask('/api/generate', prompt=row['instruction'], system=row['input'], logprobs=True, top_logprobs=5,
+            said = ask('/api/generate', **question, logprobs=True, top_logprobs=5,
                        options=options | dict(num_predict=length))
             count = len(wanted[i]) - 1
             ids = tok(prompt + said['response'], add_special_tokens=False)['input_ids'][:count]
             same = said['context'][:count] == ids
-            bos = said['prompt_eval_count'] - count if same else 1  # with other tokens their number says nothing of BOS
+            bos = said['prompt_eval_count'] - count if same else 1  # other tokens say nothing of BOS
             seen.append(dict(ok=same and bos == 1 and said['done'], bos=bos, prompt=prompt))
             if i >= len(reference): continue
             first = said['logprobs'][0]['top_logprobs'] if said.get('logprobs') else []
             top = {pieces[bytes(t['bytes'])]: t['logprob'] for t in first if bytes(t['bytes']) in pieces}
             seen[-1] |= dict(top=top, same=said['response'] == tok.decode(reference[i]['answer']))
-    return dict(text=dict(checked=len(rows), different=len(wrong), examples=wrong[:5]), **_proof(seen, reference), server=server_version(host))
+    text = dict(checked=len(rows), different=len(wrong), examples=wrong[:5])
+    return dict(text=text, **_proof(seen, reference), server=server_version(host))
 
 def _messages(row):
     "A row as a conversation: the input is what the system says."
-    return [dict(role='system', content=row['input'])] * bool(row['input']) + [dict(role='user', content=row['instruction'])]
+    said = dict(system=row['input'], user=row['instruction'])
+    return [dict(role=role, content=text) for role, text in said.items() if text]
 
 def _said(response):
     "The JSON of an answer, or a RuntimeError with what Ollama complained of."
@@ -551,20 +568,21 @@ def _pieces(tok):
     made = {bytes([int(text[3:5], 16)]): i for i, text in texts if re.fullmatch('<0x[0-9A-F]{2}>', text)}
     return made | {text.replace('▁', ' ').encode(): i for i, text in texts}
 
-# %% ../nbs/03_ollama_export.ipynb #e12fcd1e
+# %% ../nbs/03_ollama_export.ipynb #5771b4f6
 def export_ollama(
     recipe: Recipe,       # gguf, style, ollama_name, max_new_tokens, temperature, num_ctx
     run: Path,            # a run whose merged model is there
     force: bool = False,  # write again
 ) -> dict:                # name, served, bytes of each file, registered, and what verify.json says
-    "Write `run/ollama`, prove it, and register the model where Ollama answers. Raises RuntimeError when a proof fails."
+    "Write and prove `run/ollama`, and register it where Ollama answers. Raises RuntimeError when a proof fails."
     run, name = Path(run), check_name(recipe.ollama_name or f'kofinetune-{recipe.name}')
     def make(folder):
-        files = {f'model-{dtype}.gguf': write_gguf(run/'merged', folder/f'model-{dtype}.gguf', dtype, name) for dtype in recipe.gguf}
+        files = {f'model-{dtype}.gguf': write_gguf(run/'merged', folder/f'model-{dtype}.gguf', dtype, name)
+                 for dtype in recipe.gguf}
         served = f'model-{recipe.gguf[-1]}.gguf'
         small = sum(t['data'].size for t in read_gguf(folder/served)[1]) < SMALL
-        text = modelfile(served, recipe.style, recipe.temperature, recipe.num_ctx, recipe.max_new_tokens, threads=int(small),
-                         licences=licences(recipe.source, recipe.base))
+        text = modelfile(served, recipe.style, recipe.temperature, recipe.num_ctx, recipe.max_new_tokens,
+                         threads=int(small), licences=licences(recipe.source, recipe.base))
         (folder/'Modelfile').write_text(text, encoding='utf-8', newline='\n')
         proof = _prove_files(recipe, run, folder)
         write_json(proof, folder/'verify.json')
@@ -584,7 +602,7 @@ def verify_run(
 PROOFS = ('text', 'tokens', 'logprobs', 'greedy', 'server', 'engine', 'files_proved', 'versions')
 
 def _rows_to_prove(recipe, run):
-    "A hundred held-out rows (training rows where none are held out), and the difficult ones; only the hundred are answered."
+    "A hundred held-out rows (training rows where none are held out) to answer, and the difficult ones."
     rows = read_jsonl(Path(run)/'data'/'valid.jsonl') or read_jsonl(Path(run)/'data'/'train.jsonl')
     return rows[:100], difficult_rows()
 
@@ -595,7 +613,8 @@ def _prove_files(recipe, run, folder):
     reference = reference_answers(Path(run)/'merged', prompts[:len(rows)])
     proofs = {}
     for dtype in recipe.gguf:
-        proofs[dtype] = verify_gguf(Path(run)/'merged', folder/f'model-{dtype}.gguf', prompts, len(rows), reference=reference)
+        proofs[dtype] = verify_gguf(Path(run)/'merged', folder/f'model-{dtype}.gguf', prompts, len(rows),
+                                    reference=reference)
         found = proof_failures(proofs[dtype], dtype)
         if found: raise RuntimeError(f'model-{dtype}.gguf is not the merged model: {"; ".join(found)}')
     versions = {name: version(name) for name in ('transformers', 'gguf', 'xllamacpp', 'ollama')}
@@ -609,8 +628,8 @@ def _register(recipe, run, result, again=False):
     import ollama
     folder, name = Path(run)/'ollama', result['name']
     if server_version() is None:
-        print(f'No Ollama server answered at {server_url()} within 2 seconds; the files were proved on llama.cpp. To register the model:\n'
-              f'  ollama serve\n  ollama create {name.removesuffix(":latest")} -f {folder}/Modelfile')
+        print(f'No Ollama server answered at {server_url()} within 2 seconds; the files were proved on llama.cpp.\n'
+              f'To register the model:\n  ollama serve\n  ollama create {name.removesuffix(":latest")} -f {folder}/Modelfile')
         return result
     if is_registered(name, folder) and result['registered'] and not again: return result
     client, candidate = ollama.Client(), f'{name}-unproved'

@@ -132,6 +132,19 @@ def test_refusals_are_one_line_and_leave_nothing(odd, tmp_path, file, changes, m
     assert not [p for p in tmp_path.iterdir() if 'gguf' in p.name]
 
 
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing_else(odd, tmp_path, monkeypatch):
+    import gguf
+    write_gguf(odd, tmp_path/'m.gguf')
+    before, real, calls = (tmp_path/'m.gguf').read_bytes(), gguf.quants.quantize, []
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 9: raise OSError(28, 'No space left on device')
+        return real(*args)
+    monkeypatch.setattr(gguf.quants, 'quantize', full)
+    with pytest.raises(OSError, match='No space left'): write_gguf(odd, tmp_path/'m.gguf', 'q8_0')
+    assert [p.name for p in tmp_path.iterdir()] == ['m.gguf'] and (tmp_path/'m.gguf').read_bytes() == before
+
+
 def test_what_is_missing_is_named(odd, tmp_path):
     for name in ('config.json', 'tokenizer.json'):
         folder = tmp_path/name
@@ -232,7 +245,7 @@ def test_without_a_server_it_says_how_to_register(rehearsal_run, monkeypatch, ca
 
 def test_a_bad_name_is_refused_before_any_work(rehearsal_run):
     before = read_manifest(rehearsal_run)
-    with pytest.raises(ValueError, match='ollama_name'): export_ollama(Recipe.named('rehearsal').replace(ollama_name='한글'), rehearsal_run)
+    with pytest.raises(ValueError, match="ollama_name is '한글'; a name has 1 to 80"): export_ollama(Recipe.named('rehearsal').replace(ollama_name='한글'), rehearsal_run)
     assert read_manifest(rehearsal_run) == before
 
 
