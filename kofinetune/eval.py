@@ -124,7 +124,7 @@ def repetition(
     grams = [text[i:i + n] for i in range(len(text) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
-# %% ../nbs/04_eval.ipynb #cf990771
+# %% ../nbs/04_eval.ipynb #fc075f85
 def match_by_kind(
     rows: list[dict],                 # with kind
     answers: dict[str, list[dict]],   # model name -> what `generate` returns
@@ -145,6 +145,7 @@ def plot_kinds(
     table.drop(columns='rows').mul(100).plot.bar(ax=ax, width=.8)
     ax.set(ylabel='exact match, %', xlabel='', ylim=(0, 105), title=f'Exact match by kind, {table.rows.sum()} held-out rows')
     ax.tick_params(axis='x', rotation=30)
+    ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/04_eval.ipynb #3aea1b20

@@ -1,5 +1,5 @@
 "Rows, sources and run folders: what a notebook cannot show well."
-import http.server, io, json, os, subprocess, sys, threading
+import hashlib, http.server, json, subprocess, sys, threading
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +37,9 @@ def test_best_drops_only_what_the_audit_names(koalpaca, tmp_path):
     train, valid = (read_jsonl(tmp_path/'data'/f'{part}.jsonl') for part in ('train', 'valid'))
     question = lambda row: (row['instruction'], row['input'])
     assert not set(map(question, train)) & set(map(question, valid))
+    side = {question(row): part for part, rows in (('train', train), ('valid', valid)) for row in rows}
+    both = train + valid
+    assert all(side[question(both[i])] == side[question(both[j])] for i, j in data.near_pairs(both))
 
 
 @pytest.fixture
@@ -96,6 +99,25 @@ def test_split_loses_nothing_and_never_shares_a_question(rows, seed, share):
     assert len(valid) <= int(len(rows) * share)
     question = lambda r: (r['instruction'], r['input'])
     assert not set(map(question, train)) & set(map(question, valid))
+
+
+def test_manifest_says_where_the_rows_came_from(tmp_path):
+    source = tmp_path/'rows.jsonl'
+    source.write_text('{"instruction": "안녕?", "output": "네."}\n' * 3, encoding='utf-8')
+    prepare(Recipe.named('rehearsal').replace(source=str(source), valid_rows=0), tmp_path/'run')
+    seen = data.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
+    body = source.read_bytes()
+    assert seen == dict(source=str(source), url=None, git_blob=git_blob_id(body), sha256=hashlib.sha256(body).hexdigest(),
+                        bytes=len(body), licence='as its owner says')
+
+
+def test_changed_source_is_noticed(tmp_path):
+    source = tmp_path/'rows.jsonl'
+    source.write_text('{"instruction": "안녕?", "output": "네."}\n', encoding='utf-8')
+    recipe = Recipe.named('rehearsal').replace(source=str(source), valid_rows=0)
+    prepare(recipe, tmp_path/'run')
+    source.write_text('{"instruction": "안녕?", "output": "아니요."}\n', encoding='utf-8')
+    with pytest.raises(ValueError, match='files that have changed since'): prepare(recipe, tmp_path/'run')
 
 
 def test_importing_data_needs_no_torch():

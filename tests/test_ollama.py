@@ -1,4 +1,5 @@
 "A real Ollama server: what it lists, what it renders, which tokens it sees, what it answers, and what it refuses."
+import hashlib
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import ollama
 import pytest
 from conftest import ollama_program
 
-from kofinetune.data import Recipe, format_prompt, read_jsonl
+from kofinetune.data import Recipe, format_prompt, read_jsonl, read_manifest
 from kofinetune.export import (create_model, difficult_rows, export_ollama, is_registered, list_models, modelfile, prompt_template,
                                proof_failures, read_modelfile, server_url, verify_ollama, verify_run)
 
@@ -106,21 +107,25 @@ def test_a_held_out_question_gets_the_right_answer(run):
     assert right > len(rows) / 2
 
 
-def test_verify_json_is_of_this_server(run):
-    said = json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
-    assert said['server'] and 'skipped' not in said['text']
-    assert said['text']['different'] == said['tokens']['different'] == 0
-    assert said['text']['checked'] >= 100 + len(difficult_rows()) and said['logprobs']['checked'] == said['greedy']['checked'] == 100
-
-
 def test_a_finished_stage_is_registered_again(run, capsys):
     ollama.Client().delete(NAME)
     assert not is_registered(NAME, run/'ollama')
+    (run/'ollama'/'verify.json').write_text('{}', encoding='utf-8')
     export_ollama(Recipe.named('rehearsal'), run)
     out = capsys.readouterr().out
     assert 'already done' in out and f'registered {NAME}' in out
     assert is_registered(NAME, run/'ollama')
     assert not is_registered('tests/blog:v1.0', run/'ollama')
+    verify_json_is_of_this_server(run)
+
+
+def verify_json_is_of_this_server(run):
+    path = run/'ollama'/'verify.json'
+    said = json.loads(path.read_text(encoding='utf-8'))
+    assert said['server'] and 'skipped' not in said['text']
+    assert said['text']['different'] == said['tokens']['different'] == 0
+    assert said['text']['checked'] >= 100 + len(difficult_rows()) and said['logprobs']['checked'] == said['greedy']['checked'] == 100
+    assert read_manifest(run)['stages']['ollama']['files']['verify.json'] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_model_that_fails_its_proof_gets_no_name(run, tmp_path):

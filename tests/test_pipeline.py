@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from kofinetune.data import Recipe, prepare, read_jsonl, read_manifest
+from kofinetune.data import Recipe, format_prompt, prepare, read_jsonl, read_manifest
 from kofinetune.eval import evaluate, exact_match
 from kofinetune.export import export_ollama
 from kofinetune.merge import merge_adapter
-from kofinetune.train import answer_one, finetune, load_base
+from kofinetune.train import finetune, load_tokenizer
 
 STAGES = (prepare, finetune, merge_adapter, export_ollama, evaluate)
 
@@ -59,7 +59,8 @@ def test_whole_model_training_goes_all_the_way(tmp_path, rehearsal_run):
                                                epochs=1.0, learning_rate=1e-3)
     for do in (prepare, finetune, merge_adapter): do(recipe, tmp_path)
     assert not (tmp_path/'adapter'/'adapter_config.json').exists()
-    assert read_manifest(tmp_path)['stages']['merged']['result']['max_difference'] < 1e-4
+    merged = read_manifest(tmp_path)['stages']['merged']['result']
+    assert merged['kl'] < 1e-4 and abs(merged['nll'][0] - merged['nll'][1]) < 1e-3      # apart from rounding to bf16
 
 
 @pytest.mark.koalpaca
@@ -80,5 +81,6 @@ def test_blog_settings_on_real_rows(koalpaca, tmp_path, ollama_server):
     client = ollama.Client(host=ollama_server)
     name = 'kofinetune-blog-rehearsal'
     assert name in {m.model.split(':')[0] for m in client.list().models}
-    made = client.generate(name, '건강을 유지하기 위한 세 가지 팁을 알려주세요.')
-    assert made.done and made.response
+    question = dict(instruction='건강을 유지하기 위한 세 가지 팁을 알려주세요.', input='')
+    made = client.generate(name, question['instruction'])
+    assert made.done and made.prompt_eval_count == len(load_tokenizer(recipe)(format_prompt(question, 'blog'))['input_ids'])

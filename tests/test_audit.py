@@ -1,0 +1,295 @@
+"Audit, validation, contamination and scale: rows in = rows kept + rows reported, whatever comes in."
+import json, random, unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from kofinetune import data
+from kofinetune.data import (Recipe, astray_batch, astray_batches, audit, clean_rows, contamination, exact_duplicate, file_parts,
+                             near_duplicate, prepare, prepare_large, read_jsonl, read_rows, similar_pairs, validate_rows,
+                             write_jsonl)
+
+relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def ask(instruction='수도는 어디인가요?', input='', output='서울입니다.', **more):
+    return dict(instruction=instruction, input=input, output=output, **more)
+
+
+# ---- the audit on real rows
+
+@pytest.fixture(scope='module')
+def real(koalpaca): return read_rows(koalpaca)
+
+
+@pytest.fixture(scope='module')
+def flags(real): return audit(real)
+
+
+@pytest.mark.koalpaca
+def test_astray_batches_are_the_three_that_a_reader_finds(real, flags):
+    assert flags['astray_batch'] == [*range(70, 79), *range(2740, 2749), *range(5140, 5149)]
+    assert all(batch['chance'] < 1e-6 for batch in astray_batches(real))
+
+
+@pytest.mark.koalpaca
+def test_astray_batches_are_found_where_rows_are_missing(real):
+    draw = random.Random(5)
+    kept = [i for i in range(len(real)) if draw.random() > .05]
+    found = {kept[i] for i in astray_batch([real[i] for i in kept])}
+    astray = {*range(70, 80), *range(2740, 2750), *range(5140, 5150)}
+    assert found <= astray and len(found) >= .8 * len(astray & set(kept)) - 3
+
+
+@pytest.mark.koalpaca
+@pytest.mark.parametrize('seed', range(3))
+def test_shuffled_rows_have_no_batches(real, seed):
+    assert astray_batch(random.Random(seed).sample(real, len(real))) == []
+
+
+@pytest.mark.koalpaca
+def test_counts_that_can_be_checked_by_hand(real, flags):
+    text = [row['output'] for row in real]
+    assert flags['empty_answer'] == [i for i, t in enumerate(text) if not t.strip()] == []
+    assert flags['no_hangul'] == [i for i, t in enumerate(text) if not any('가' <= c <= '힣' or 'ㄱ' <= c <= 'ㆎ' for c in t)]
+    assert flags['odd_number'] == [5, 973, 2117, 4419]
+    assert set(range(4550, 4560)) <= set(flags['prompt_marker'])
+    assert len(flags['no_hangul']) == 310
+
+
+# ---- detectors, each beside a row that is as it should be
+
+PAIRS = {   # flag: (a row that has it, the same row without)
+    'empty_answer': (ask(output=' \n'), ask()),
+    'no_hangul': (ask(output='Seoul'), ask(output='서울(Seoul)')),
+    'echoes_question': (ask(input='나는 간다.', output='나는 간다. '), ask(input='나는 간다.', output='저는 갑니다.')),
+    'no_input_answer': (ask(output='입력 내용이 없어 답할 수 없습니다.'), ask(output='함수는 입력에 따라 다른 값을 냅니다.')),
+    'placeholder_input': (ask(input='<noinput>'), ask(input='없음의 반대말')),
+    'prompt_marker': (ask(output='서울입니다.\n### Input:'), ask(output='서울입니다. #수도')),
+    'odd_number': (ask('홀수 단어를 고르세요.', '물, 불, 책상'), ask('홀수를 고르세요.', '1, 2, 4')),
+    'truncated_ending': (ask(output='서울은 한강의 남과 북에 걸쳐 있으며'), ask(output='강, 산, 들, 바다')),
+    'mixed_speech': (ask(output='서울은 넓다. 부산은 바다에 닿아 있습니다.'), ask(output='그는 "서울은 넓다."라고 했습니다. 맞는 말입니다.')),
+    'code_switching': (ask(output='서울은 the biggest city입니다.'), ask(output='서울(the capital)은 KTX로 갑니다.')),
+}
+
+
+@pytest.mark.parametrize('flag', PAIRS)
+def test_detector(flag):
+    with_it, without = PAIRS[flag]
+    assert data.DETECTORS[flag](with_it) and not data.DETECTORS[flag](without)
+
+
+def test_every_detector_is_shown_here(): assert set(PAIRS) == set(data.DETECTORS)
+
+
+def test_near_duplicates_need_the_same_answer():
+    rows = [ask(), ask('수도는, 어디인가요'), ask('수도는 어디에 있나요?', output='한강 옆입니다.'), ask()]
+    assert near_duplicate(rows) == [1] and exact_duplicate(rows) == [3]
+
+
+text = st.text(alphabet='가나다라마바사 ab1.,', min_size=1, max_size=30)
+
+
+@relaxed
+@given(texts=st.lists(text, max_size=12))
+def test_similar_pairs_are_measured_exactly_and_point_back(texts):
+    for i, j, share in similar_pairs(texts, .5):
+        assert j < i and share >= .5
+        assert share == data.overlap(data.shingles(texts[i]), data.shingles(texts[j]))
+
+
+any_text = st.text(max_size=20)
+any_row = st.builds(ask, any_text.filter(str.strip), any_text, any_text)
+
+
+@relaxed
+@given(rows=st.lists(any_row, max_size=25), drop=st.sets(st.sampled_from([*data.DETECTORS, *data.FILE_DETECTORS])))
+def test_cleaning_keeps_or_reports_every_row(rows, drop):
+    kept, report = clean_rows(rows, tuple(drop))
+    assert len(kept) + len(report['dropped']) == len(rows)
+    assert kept == [row for i, row in enumerate(rows) if i not in set(report['dropped'])]
+    for name, where in report['flags'].items(): assert where == sorted(set(where)) and all(0 <= i < len(rows) for i in where), name
+
+
+def test_audit_of_no_rows(): assert all(where == [] for where in audit([]).values())
+
+
+# ---- validation
+
+GOOD = '{"instruction": "가?", "input": "", "output": "나."}'
+BAD_LINES = {   # kind: a line that has it
+    'not JSON': '{"instruction": "가?", "out', 'not an object': '[1, 2]', 'output: missing': '{"instruction": "가?"}',
+    'output: null': '{"instruction": "가?", "output": null}', 'output: not text': '{"instruction": "가?", "output": 3}',
+    'instruction: empty': '{"instruction": " ", "output": "나."}',
+    'output: twice': '{"instruction": "가?", "input": "", "output": "나.", "output": "다."}',
+    'output: lone surrogate': '{"instruction": "가?", "output": "\\ud83d"}',
+}
+
+
+@pytest.mark.parametrize('kind', BAD_LINES)
+def test_fault_is_reported_with_its_line_and_counted(kind, tmp_path):
+    (tmp_path/'a.jsonl').write_text('\n'.join([GOOD, BAD_LINES[kind], GOOD, BAD_LINES[kind]]), encoding='utf-8')
+    kept, report = validate_rows(tmp_path/'a.jsonl')
+    assert (len(kept), report['rows'], report['kept'], report['reported']) == (2, 4, 2, 2)
+    assert report['faults'] == {kind: 2}
+    assert [fault['where'] for fault in report['first']] == ['line 2', 'line 4']
+    with pytest.raises(ValueError, match='a.jsonl line 2.*and 1 more') as error: read_rows(tmp_path/'a.jsonl')
+    assert '\n' not in str(error.value)
+
+
+def test_two_rows_on_one_line_are_one_fault(tmp_path):
+    (tmp_path/'a.jsonl').write_text(f'{GOOD} {GOOD}\n{GOOD}\n', encoding='utf-8')
+    kept, report = validate_rows(tmp_path/'a.jsonl')
+    assert (len(kept), report['faults']) == (1, {'not JSON': 1})
+
+
+def test_twenty_faults_are_shown_and_all_are_counted(tmp_path):
+    (tmp_path/'a.jsonl').write_text('{"instruction": "가?"}\n' * 1000, encoding='utf-8')
+    kept, report = validate_rows(tmp_path/'a.jsonl')
+    assert (kept, len(report['first']), report['faults']) == ([], 20, {'output: missing': 1000})
+
+
+NOTES = {   # what a note says: bytes of a file with it
+    'BOM': b'\xef\xbb\xbf' + GOOD.encode(), 'CRLF': (GOOD + '\r\n').encode() * 2,
+    'is not NFC': unicodedata.normalize('NFD', GOOD).encode(), 'input is missing': '{"instruction": "가?", "output": "나."}'.encode(),
+    'url is no field': (GOOD[:-1] + ', "url": "https://example.org"}').encode(), 'U+0000': GOOD.replace('나', '나\\u0000').encode(),
+    'longer than 100,000': GOOD.replace('나', '나' * 350_000).encode(), 'U+FFFD': GOOD.replace('나', '\ufffd').encode(),
+}
+
+
+@pytest.mark.parametrize('note', NOTES)
+def test_odd_row_is_kept_unchanged_and_noted(note, tmp_path):
+    (tmp_path/'a.jsonl').write_bytes(NOTES[note])
+    kept, report = validate_rows(tmp_path/'a.jsonl')
+    assert report['reported'] == 0 and any(note in text for text in report['notes'])
+    first = json.loads(NOTES[note].decode('utf-8-sig').split('\n')[0])
+    assert kept[0] == {name: first.get(name, '') for name in ('instruction', 'input', 'output')}
+
+
+@pytest.mark.parametrize('array, whole', [(f'[{GOOD}, {GOOD}', 2), (f'[{GOOD}, {GOOD[:30]}', 1), (f'[{GOOD} {GOOD}]', 1),
+                                          (f'[{GOOD}, {GOOD}]]', 2), ('[', 0)])
+def test_array_that_is_cut_off_gives_the_rows_before_the_cut(array, whole, tmp_path):
+    (tmp_path/'a.json').write_text(array, encoding='utf-8')
+    kept, report = validate_rows(tmp_path/'a.json')
+    assert (len(kept), report['reported']) == (whole, 1) and report['first'][0]['where'] == f'row {whole}'
+
+
+@pytest.mark.parametrize('name, body, says', [
+    ('a.json', '', 'holds no row'), ('a.jsonl', '\n\n', 'holds no row'), ('a.csv', '', 'holds no row'), ('a.json', '[]', 'holds no row'),
+    ('a.json', '{"a": 1}', 'must be an array'), ('a.json', 'hello', 'is not JSON'), ('a.csv', 'question,answer\n가,나', 'line 1'),
+    ('a.csv', 'instruction,output\n"가,나', 'is not CSV'), ('a.csv', 'instruction,output\n가,나,다', 'line 2 has 3 fields'),
+    ('a.txt', GOOD, "ends in '.txt'"), ('a.json', f'[{GOOD}]'.encode('cp949'), 'iconv -f cp949'),
+    ('a.jsonl', GOOD.encode('euc-kr'), 'iconv -f cp949'), ('a.csv', 'instruction,output\n가,나'.encode('cp949'), 'iconv -f cp949'),
+    ('a.json', f'[{GOOD}]'.encode('utf-16'), 'iconv -f utf-16'), ('a.json', '[' * 100_000, 'is not JSON'),
+    ('a.jsonl', '{"instruction": ' + '1' * 5000 + '}', 'is not JSON')])
+def test_file_that_cannot_be_used_is_one_line(name, body, says, tmp_path):
+    (tmp_path/name).write_bytes(body if isinstance(body, bytes) else body.encode())
+    with pytest.raises(ValueError) as error: read_rows(tmp_path/name)
+    assert says in str(error.value) and name in str(error.value) and '\n' not in str(error.value)
+
+
+def test_folder_is_not_a_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match='is not a file'): validate_rows(tmp_path)
+
+
+def test_csv_with_line_breaks_and_a_megabyte(tmp_path):
+    (tmp_path/'a.csv').write_text('instruction,input,output\r\n가?,"나\n다",라\r\n마?,,"' + '바' * 400_000 + '"\r\n', encoding='utf-8-sig',
+                                  newline='')
+    kept, report = validate_rows(tmp_path/'a.csv')
+    assert (kept[0], len(kept[1]['output']), report['reported']) == (ask('가?', '나\n다', '라'), 400_000, 0)
+
+
+# anything that JSON can hold, biased towards rows
+leaf = st.none() | st.booleans() | st.integers(-9, 9) | st.text(st.characters(), max_size=5)
+name = st.sampled_from(['instruction', 'input', 'output', 'kind', 'url'])
+thing = st.dictionaries(name, leaf, max_size=5) | any_row | leaf | st.lists(leaf, max_size=2)
+
+
+@relaxed
+@given(things=st.lists(thing, max_size=12), cut=st.integers(0, 30), array=st.booleans())
+def test_rows_in_are_rows_kept_and_rows_reported(things, cut, array, tmp_path):
+    lines = [json.dumps(value) for value in things]                 # ASCII, so that lone surrogates can be written
+    body = '[' + ',\n'.join(lines) + ']' if array else '\n'.join(lines)
+    whole = len(body) if cut > 20 else max(len(body) - cut, 0)
+    path = tmp_path/('a.json' if array else 'a.jsonl')
+    path.write_text(body[:whole], encoding='utf-8')
+    if array and not body[:whole].strip(): return
+    kept, report = validate_rows(path)
+    assert report['rows'] == report['kept'] + report['reported'] == len(kept) + report['reported']
+    if whole == len(body): assert report['rows'] == len(things)
+    rest = iter(things)                                             # kept rows are input rows, in order, unchanged
+    for row in kept: assert any(isinstance(t, dict) and {'input': ''} | {k: v for k, v in t.items() if k != 'url'} == row for t in rest)
+
+
+@relaxed
+@given(body=st.binary(max_size=200), suffix=st.sampled_from(['.json', '.jsonl', '.csv']))
+def test_any_bytes_end_in_a_report_or_one_line(body, suffix, tmp_path):
+    path = tmp_path/f'a{suffix}'
+    path.write_bytes(body)
+    try: kept, report = validate_rows(path)
+    except ValueError as error: assert 'a' + suffix in str(error) and '\n' not in str(error)
+    else: assert report['rows'] == len(kept) + report['reported']
+
+
+# ---- contamination
+
+def test_quoted_question_is_found_inside_a_longer_row():
+    exam = [dict(question='대한민국에서 가장 높은 산의 이름은 무엇인가?', choices=['한라산', '지리산'])]
+    rows = [ask(), ask('풀어 보세요.', '문제: 대한민국에서 가장 높은 산의 이름은 무엇인가? 답을 고르세요.', '한라산')]
+    found = contamination(rows, exam)
+    assert found['rows'] == found['benchmark_rows'] == 1
+    assert found['pairs'][0]['row'] == 1 and found['pairs'][0]['share'] > .5
+
+
+@relaxed
+@given(rows=st.lists(any_row, max_size=8))
+def test_rows_are_contaminated_by_themselves(rows):
+    found = contamination(rows, rows)
+    long = [i for i, row in enumerate(rows) if len(data.shingles(data.row_text(row), 13)) > 3]
+    assert set(long) <= {pair['row'] for pair in found['pairs']}
+    assert contamination(rows, [])['pairs'] == []
+
+
+# ---- more rows than memory
+
+@relaxed
+@given(body=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b'\n', b' ')), max_size=20).map(b'\n'.join), size=st.integers(1, 60))
+def test_parts_are_the_file_and_end_where_lines_end(body, size, tmp_path):
+    (tmp_path/'a.jsonl').write_bytes(body)
+    parts = [body[a:b] for _, a, b in file_parts(tmp_path/'a.jsonl', size)]
+    assert b''.join(parts) == body and all(part.endswith(b'\n') for part in parts[:-1])
+
+
+def test_large_and_small_ways_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'file_parts', lambda path: file_parts(path, 2000))
+    draw, rows = random.Random(0), []
+    for i in range(300):
+        again = rows and draw.random() < .1
+        rows.append(draw.choice(rows) if again else ask(f'{i}번은 어느 도시인가요?', draw.choice(['', 'N/A', '남쪽']),
+                                                        unicodedata.normalize(draw.choice(['NFC', 'NFD']), f'도시 {i}입니다.')))
+    write_jsonl(rows, tmp_path/'a.jsonl')
+    recipe = Recipe(source=str(tmp_path/'a.jsonl'), valid_rows=40, drop=('exact_duplicate', 'placeholder_input'))
+    (tmp_path/'large').mkdir()
+    large, small = prepare_large(tmp_path/'a.jsonl', tmp_path/'large', recipe), prepare(recipe, tmp_path/'small')
+    assert large == {name: small[name] for name in large}
+    for name in ('train.jsonl', 'valid.jsonl'):
+        assert (tmp_path/'large'/name).read_bytes() == (tmp_path/'small'/'data'/name).read_bytes()
+    reports = [json.loads((folder/'audit.json').read_text(encoding='utf-8')) for folder in (tmp_path/'large', tmp_path/'small'/'data')]
+    assert reports[0]['dropped'] == reports[1]['dropped'] and reports[0]['normalized'] == reports[1]['normalized']
+    assert all(reports[1]['flags'][name] == flag for name, flag in reports[0]['flags'].items())
+    assert sorted(path.name for path in (tmp_path/'large').iterdir()) == ['audit.json', 'train.jsonl', 'valid.jsonl']
+
+
+def test_large_way_reports_what_it_cannot_use(tmp_path):
+    (tmp_path/'a.jsonl').write_text('\n'.join([GOOD, '{', GOOD.replace('가', '다'), '{"instruction": "가?"}']), encoding='utf-8')
+    counts = prepare_large(tmp_path/'a.jsonl', tmp_path, Recipe(valid_rows=0))
+    assert (counts['rows'], counts['kept'], counts['reported'], counts['train']) == (4, 2, 2, 2)
+    report = json.loads((tmp_path/'audit.json').read_text(encoding='utf-8'))
+    assert [fault['row'] for fault in report['faults']['first']] == [1, 3] and len(read_jsonl(tmp_path/'train.jsonl')) == 2
+
+
+def test_large_way_refuses_what_needs_all_rows(tmp_path):
+    write_jsonl([ask()], tmp_path/'a.jsonl')
+    with pytest.raises(ValueError, match="'astray_batch', which needs all rows"):
+        prepare_large(tmp_path/'a.jsonl', tmp_path, Recipe(valid_rows=0, drop=('astray_batch',)))
