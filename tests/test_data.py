@@ -81,6 +81,29 @@ def test_moved_file_is_refused_with_both_ids_and_leaves_nothing(server, tmp_path
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
 
 
+def test_download_that_breaks_off_leaves_nothing_and_works_the_next_time(tmp_path, monkeypatch):
+    monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
+    body, broken = b'[{"instruction": "a", "output": "b"}]' * 1000, [True]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:2000] if broken else body)
+            if broken: broken.clear()
+
+        def log_message(self, *args): pass
+
+    httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f'http://127.0.0.1:{httpd.server_port}/rows.json'
+    with pytest.raises(RuntimeError, match='could not be downloaded'): fetch(url, git_blob_id(body))
+    assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
+    assert fetch(url, git_blob_id(body)).read_bytes() == body
+    httpd.shutdown()
+
+
 def test_git_agrees_on_the_blob_id(tmp_path):
     body = '한글\n'.encode()
     seen = subprocess.run(['git', 'hash-object', '--stdin'], input=body, capture_output=True, check=True).stdout
