@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OLLAMA_UP := curl -fs --max-time 2 http://$${OLLAMA_HOST:-127.0.0.1:11434}/api/version >/dev/null 2>&1
+OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.export import server_version; sys.exit(not server_version())'
 
 .PHONY: run test check docs lab
 run: $(READY)
