@@ -8,8 +8,8 @@ __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'ST
            'FOREIGN', 'ASKS_FOREIGN', 'OPEN_END', 'DETECTORS', 'FILE_DETECTORS', 'PROJECTIONS', 'GEMMA', 'SURE_FLAGS',
            'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'LARGE', 'SCANNED', 'format_prompt', 'format_answer',
            'text_fault', 'row_faults', 'check_row', 'row_notes', 'iter_rows', 'validate_rows', 'read_rows',
-           'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows', 'source_path', 'source_id',
-           'provenance', 'has_hangul', 'empty_answer', 'no_hangul', 'echoes_question', 'no_input_answer',
+           'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows', 'source_path', 'file_ids',
+           'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul', 'echoes_question', 'no_input_answer',
            'placeholder_input', 'prompt_marker', 'odd_number', 'speech_levels', 'mixed_speech', 'foreign_share',
            'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles', 'overlap', 'similar_pairs',
            'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck', 'astray_batches',
@@ -342,13 +342,23 @@ def load_rows(
         raise ValueError(f'source is {source!r}; it is {", ".join(SOURCES)}, rehearsal, or a .json, .jsonl or .csv file')
     return read_rows(source)
 
-# %% ../nbs/00_data.ipynb #10085ecd
+# %% ../nbs/00_data.ipynb #63104fef
 def source_path(
     source: str,  # as for `load_rows`
-):                # a path, or a file inside the package
+) -> Path:
     "Find the file behind `source`, downloading a known one that is not in the cache."
-    if source == 'rehearsal': return files('kofinetune')/'assets'/'rehearsal.jsonl'
+    if source == 'rehearsal': return Path(str(files('kofinetune')/'assets'/'rehearsal.jsonl'))
     return fetch(SOURCES[source]['url'], SOURCES[source]['blob']) if source in SOURCES else Path(source)
+
+def file_ids(
+    path: Path,
+) -> dict:  # git_blob, sha256, bytes
+    "Identify a file, however large, without holding it in memory."
+    size = Path(path).stat().st_size
+    blob, sha = hashlib.sha1(f'blob {size}\0'.encode(), usedforsecurity=False), hashlib.sha256()
+    with Path(path).open('rb') as f:
+        while part := f.read(1 << 20): blob.update(part); sha.update(part)
+    return dict(git_blob=blob.hexdigest(), sha256=sha.hexdigest(), bytes=size)
 
 def source_id(
     source: str,  # as for `load_rows`
@@ -356,17 +366,15 @@ def source_id(
     "Identify the bytes behind `source`, without downloading a known one."
     if source in SOURCES: return SOURCES[source]['blob']
     path = source_path(source)
-    return git_blob_id(path.read_bytes()) if path.is_file() else ''
+    return file_ids(path)['git_blob'] if path.is_file() else ''
 
 def provenance(
     source: str,  # as for `load_rows`
 ) -> dict:        # source, url, git_blob, sha256, bytes, licence
     "Say where the rows come from, for the manifest of a run."
     known = SOURCES.get(source, {})
-    data = source_path(source).read_bytes()
     licence = known.get('licence', 'Apache-2.0' if source == 'rehearsal' else 'as its owner says')
-    return dict(source=source, url=known.get('url'), git_blob=git_blob_id(data), sha256=hashlib.sha256(data).hexdigest(),
-                bytes=len(data), licence=licence)
+    return dict(source=source, url=known.get('url'), licence=licence) | file_ids(source_path(source))
 
 # %% ../nbs/00_data.ipynb #b11db15b
 def has_hangul(
@@ -964,7 +972,7 @@ def _difference(folder, old, new):
                     f'{new["recipe"][field]!r}; choose another --run, or --force to make it again')
     return f'{folder} was made from files that have changed since; --force makes it again'
 
-# %% ../nbs/00_data.ipynb #bfb95a15
+# %% ../nbs/00_data.ipynb #9ab8d6fd
 def prepare(
     recipe: Recipe,        # source, rows, valid_rows, drop, normalize, seed
     run: Path,             # the run folder
@@ -972,7 +980,8 @@ def prepare(
 ) -> dict:                 # counts: rows, kept, reported, train, valid
     "Write train.jsonl, valid.jsonl and audit.json into `run/data`."
     def make(folder):
-        if _is_large(recipe): return prepare_large(Path(recipe.source), folder, recipe) | dict(source=recipe.source)
+        origin = lambda: dict(source=recipe.source, provenance=provenance(recipe.source))
+        if _is_large(recipe): return prepare_large(Path(recipe.source), folder, recipe) | origin()
         rows = load_rows(recipe.source)[:recipe.rows or None]
         ready = [normalize_row(row) for row in rows] if recipe.normalize else rows
         kept, report = clean_rows(ready, recipe.drop)
@@ -984,7 +993,7 @@ def prepare(
         flags = {name: dict(count=len(where), rows=where) for name, where in report['flags'].items()}
         write_json(counts | dict(normalized=sum(a != b for a, b in zip(rows, ready)), dropped=report['dropped'],
                                  flags=flags, astray_batches=astray_batches(ready)), folder/'audit.json')
-        return counts | dict(train=len(train), valid=len(valid), source=recipe.source, provenance=provenance(recipe.source))
+        return counts | dict(train=len(train), valid=len(valid)) | origin()
     return stage(recipe, run, 'data', make, force, source_id(recipe.source))
 
 LARGE = 1 << 28   # bytes of a .jsonl from which on rows are prepared on disk (below: "More rows than memory")
