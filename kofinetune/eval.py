@@ -206,7 +206,7 @@ def _count_answers(rows, made):
                 hangul_share=sum(hangul_share(a['answer']) for a in made) / len(made),
                 repetition=sum(repetition(a['answer']) for a in made) / len(made))
 
-# %% ../nbs/04_eval.ipynb #05d22977
+# %% ../nbs/04_eval.ipynb #9e530a67
 def _draw(rows, answers, run, folder):
     "Write loss.png, and kinds.png where rows have kinds."
     import matplotlib
@@ -248,7 +248,8 @@ def _report_text(report, rows, answers, run):
     cell = lambda text: str(text).replace('|', '\\|').replace('\n', '⏎')
     beside = ['| ' + ' | '.join(drawn.columns) + ' |', '|' + '---|' * len(drawn.columns)]
     beside += ['| ' + ' | '.join(map(cell, line)) + ' |' for line in drawn.itertuples(index=False)]
-    again = f'`kofinetune run --recipe {report["recipe"]} --run {Path(run).name}`; every setting is in recipe.json, every version in manifest.json.'
+    again = (f'`kofinetune run --recipe {run}/recipe.json --run runs/again`: recipe.json holds every setting, '
+             'manifest.json every version.')
     parts = [f'# {headline(report)}', '\n'.join(table), ' '.join(limits), '\n\n'.join(plots),
              f'## {len(drawn)} questions, drawn by a seed', '\n'.join(beside), '## Again', again]
     return '\n\n'.join(p for p in parts if p) + '\n'
