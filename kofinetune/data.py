@@ -15,8 +15,8 @@ __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'ST
            'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck', 'astray_batches',
            'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row', 'row_text',
            'contamination', 'split_rows', 'Recipe', 'stage_fields', 'read_manifest', 'write_json', 'file_hashes',
-           'run_lock', 'need', 'stage', 'prepare', 'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out',
-           'prepare_large', 'write_split']
+           'rank', 'world_size', 'run_lock', 'need', 'stage_inputs', 'stage', 'prepare', 'file_parts', 'hash60',
+           'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
 
 # %% ../nbs/00_data.ipynb #1dcf467b
 import csv, hashlib, io, json, math, os, random, re, shutil, time, tomllib, unicodedata, zlib
@@ -738,13 +738,14 @@ def split_rows(
     train = [row for row, name in zip(rows, keys) if name not in held]
     return train, [row for row, name in zip(rows, keys) if name in held]
 
-# %% ../nbs/00_data.ipynb #dec1c44e
+# %% ../nbs/00_data.ipynb #94ac2dd9
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a run. A field's comment is its documentation, here and in the command's help."
     name: str = 'rehearsal'      # what the run is called; the default run folder is runs/<name>
+    report_to: str = 'none'      # who else gets the losses while it trains: none, tensorboard, trackio or wandb
     # data
     source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a path to .json, .jsonl or .csv
     rows: int = 0                # take the first so many rows; 0 takes all
@@ -757,25 +758,33 @@ class Recipe:
     base: str = 'rehearsal'      # a model id of the Hugging Face Hub, a folder, or rehearsal: the stand-in
     revision: str = ''           # the Hub revision (a commit) of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
+    dequantize: bool = True      # train with an nf4 base unpacked once, not at each use: faster, same numbers
     adapter: str = 'lora'        # lora: train an adapter; none: train every weight (needs quant none)
     lora_r: int = 16             # rank of the adapter's two matrices
     lora_alpha: int = 32         # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0    # share of the adapter's inputs that is zeroed while training
-    target_modules: tuple[str, ...] = PROJECTIONS  # the matrices that get an adapter
+    target_modules: tuple[str, ...] = PROJECTIONS  # the matrices that get an adapter; all-linear: every one but the head
+    use_rslora: bool = False     # scale the adapter by lora_alpha / sqrt(lora_r) instead: for ranks of 32 and more
+    use_dora: bool = False       # train the length of every matrix's rows beside the adapter (DoRA)
+    trainable_token_indices: tuple[str, ...] = ()  # tokens, as text, whose embedding is trained too: <start_of_turn>
+    neftune_noise_alpha: float = 0.0  # noise on the embeddings while training (NEFTune), 5 to 15; 0: none
     loss: str = 'answer'         # answer: only answer and terminator are graded; whole: the prompt too
     packing: bool = True         # several rows in one sequence, without seeing each other
     max_length: int = 512        # tokens in a sequence; a longer row is left out and counted (blog: cut)
     epochs: float = 3.0          # passes over the training rows
     batch_size: int = 4          # sequences a device works on at once
-    grad_accum: int = 4          # batches that are added up for one optimizer step
+    grad_accum: int = 4          # batches that are added up for one optimizer step, over all devices
     learning_rate: float = 2e-4  # the highest learning rate
     lr_scheduler: str = 'cosine'  # a schedule of transformers: linear, cosine, constant_with_warmup, ...
     warmup: float = 0.03         # share of the steps over which the learning rate rises
     weight_decay: float = 0.0    # AdamW's decay of the trained weights
     optim: str = 'adamw_torch_fused'  # an optimizer of transformers
+    activation_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, more time
+    save_steps: float = 0.1      # judge on held-out rows and keep a checkpoint this often: steps; below 1, a share of them
+    early_stopping_patience: int = 0  # stop after so many judgements without a better one; 0: never
     dtype: str = 'auto'          # bf16 or fp32; auto: bf16 on a GPU that has it, fp32 on a CPU. Never fp16
     # merge
-    merge: str = '16-bit'        # add the adapter to the 16-bit base, or to the nf4 base made 16-bit again
+    merge: str = 'auto'          # the base that takes the adapter: 16-bit, nf4, or auto: the better by measurement
     # export
     gguf: tuple[str, ...] = ('bf16', 'q8_0')  # the files to write; the last is the one that Ollama serves
     ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
@@ -803,11 +812,13 @@ class Recipe:
         "Copy the recipe with some fields changed, checking them again."
         return _make_recipe(asdict(self) | changes)
 
-# %% ../nbs/00_data.ipynb #4cb454d8
-_CHOICES = dict(style=STYLES, quant=('nf4', 'none'), adapter=('lora', 'none'), loss=('answer', 'whole'),
-                dtype=('auto', 'bf16', 'fp32'), merge=('16-bit', 'nf4'))
+# %% ../nbs/00_data.ipynb #033af7fc
+_CHOICES = dict(report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=STYLES, quant=('nf4', 'none'),
+                adapter=('lora', 'none'), loss=('answer', 'whole'), dtype=('auto', 'bf16', 'fp32'),
+                merge=('auto', '16-bit', 'nf4'))
 _LEAST = dict(rows=0, valid_rows=0, seed=0, lora_r=1, lora_alpha=1, max_length=8, batch_size=1, grad_accum=1,
-              max_new_tokens=1, num_ctx=64, eval_rows=0, weight_decay=0, temperature=0)
+              max_new_tokens=1, num_ctx=64, eval_rows=0, weight_decay=0, temperature=0, neftune_noise_alpha=0,
+              early_stopping_patience=0)
 
 def _check_recipe(r):
     "Check the types and ranges of `r`, each field by itself and then together."
@@ -821,27 +832,42 @@ def _check_recipe(r):
             raise ValueError(f'{name} is {getattr(r, name)!r}; it is one of {", ".join(allowed)}')
     for name, least in _LEAST.items():
         if getattr(r, name) < least: raise ValueError(f'{name} is {getattr(r, name)}; it must be {least} or more')
-    for name in ('epochs', 'learning_rate'):
+    for name in ('epochs', 'learning_rate', 'save_steps'):
         if not 0 < getattr(r, name) < 1e4: raise ValueError(f'{name} is {getattr(r, name)}; it must be more than 0')
     for name in ('lora_dropout', 'warmup'):
         if not 0 <= getattr(r, name) < 1: raise ValueError(f'{name} is {getattr(r, name)}; it lies from 0 to below 1')
     if r.adapter == 'none' and r.quant != 'none':
         raise ValueError(f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be trained; set quant=none")
+    _check_options(r)
     wrong = [t for t in r.gguf if t not in ('bf16', 'f16', 'q8_0')] or ([] if r.gguf else ['nothing'])
     if wrong: raise ValueError(f'gguf names {wrong[0]!r}; the types are bf16, f16, q8_0')
     if r.max_new_tokens >= r.num_ctx:
         raise ValueError(f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room is left for a prompt')
 
-# %% ../nbs/00_data.ipynb #a5ef55aa
+def _check_options(r):
+    "Check the options of `r` that only make sense with others."
+    if r.save_steps > 1 and r.save_steps != int(r.save_steps):
+        raise ValueError(f'save_steps is {r.save_steps}; it is a whole number of steps, or a share of all steps below 1')
+    if r.early_stopping_patience and not r.valid_rows:
+        raise ValueError(f'early_stopping_patience is {r.early_stopping_patience} and valid_rows 0: without held-out rows '
+                         'nothing says when to stop; set valid_rows')
+    for name in ('use_rslora', 'use_dora', 'trainable_token_indices'):
+        if r.adapter == 'none' and getattr(r, name):
+            raise ValueError(f"{name} is {getattr(r, name)!r} and adapter is 'none': it is an option of the adapter; "
+                             'set adapter=lora')
+    if 'all-linear' in r.target_modules and len(r.target_modules) > 1:
+        raise ValueError(f'target_modules is {", ".join(r.target_modules)}; all-linear stands alone')
+
+# %% ../nbs/00_data.ipynb #4b8544fa
 GEMMA = dict(base='google/gemma-3-270m', revision='9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1')
 SURE_FLAGS = ('empty_answer', 'exact_duplicate', 'near_duplicate', 'astray_batch', 'no_input_answer', 'placeholder_input',
               'prompt_marker', 'odd_number', 'truncated_ending', 'mixed_speech', 'code_switching')  # right in nine of ten
 PRESETS = {
     'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(), normalize=False, style='blog',
-                         lora_r=8, lora_alpha=8, loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
+                         lora_r=8, lora_alpha=8, dequantize=False, loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
     'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000, drop=SURE_FLAGS),
     'rehearsal': dict(max_length=256, epochs=4.0, batch_size=1, grad_accum=1, learning_rate=3e-3,
-                      max_new_tokens=48, num_ctx=512),
+                      save_steps=0.2, max_new_tokens=48, num_ctx=512),
 }
 
 def _make_recipe(values):
@@ -901,6 +927,15 @@ def file_hashes(
         with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
     return {str(p.relative_to(folder)): sha256(p) for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
+# %% ../nbs/00_data.ipynb #e4f912b4
+def rank() -> int:
+    "Number this process among those that torchrun or accelerate started together; 0 without a launcher."
+    return int(os.environ.get('RANK', 0))
+
+def world_size() -> int:
+    "Count the processes that torchrun or accelerate started together; 1 without a launcher."
+    return int(os.environ.get('WORLD_SIZE', 1))
+
 # %% ../nbs/00_data.ipynb #611918b0
 @contextmanager
 def run_lock(
@@ -925,7 +960,25 @@ def need(
         raise FileNotFoundError(f'{Path(run)/name} is missing; make it with: kofinetune {COMMANDS[name]} --run {run}')
     return Path(run)/name
 
-# %% ../nbs/00_data.ipynb #1a5f3659
+# %% ../nbs/00_data.ipynb #62370635
+def stage_inputs(
+    recipe: Recipe,    # what was asked
+    run: Path,         # the run folder
+    name: str,         # a key of STAGES
+    source: str = '',  # identity of what comes from outside the run
+) -> dict:             # {'recipe': the fields that decide it, 'upstream': hashes of the stage before}
+    "Say what the stage `name` is made of. Raises FileNotFoundError where the stage before it is missing."
+    order = list(STAGES)
+    before = ['merged', 'ollama'] if name == 'eval' else order[:order.index(name)][-1:]
+    for earlier in before: need(run, earlier)
+    manifest = read_manifest(run)
+    return dict(recipe=json.loads(json.dumps({f: getattr(recipe, f) for f in stage_fields(name)})),
+                upstream={e: _made_files(manifest, e) for e in before} | {'source': source})
+
+def _made_files(manifest, name):
+    "List a stage's files with their hashes, but for verify.json, which every later proof writes again."
+    return {file: value for file, value in manifest['stages'][name]['files'].items() if file != 'verify.json'}
+
 def stage(
     recipe: Recipe,        # what was asked
     run: Path,             # the run folder
@@ -933,18 +986,19 @@ def stage(
     make,                  # called with a folder to fill; returns a dict that json can write
     force: bool = False,   # make it again, whatever is there
     source: str = '',      # identity of what comes from outside the run
+    scaffold: str = '',    # a folder beside the stage, taken down once the stage is in place
 ) -> dict:                 # what `make` returned, now or when the stage was made
     "Make the stage `name` of `run` once. Raises ValueError where the folder holds another recipe's work."
+    if world_size() > 1 and name != 'adapter':
+        raise ValueError(f'{name} is work for one process, and a launcher started {world_size()}; without it, run: '
+                         f'kofinetune {COMMANDS[name]} --run {run}')
     run = Path(run)
     with run_lock(run):
-        manifest, order = read_manifest(run), list(STAGES)
-        before = order[:order.index(name)][-1:] if name != 'eval' else ['merged']
-        for earlier in before: need(run, earlier)
-        inputs = dict(recipe=json.loads(json.dumps({f: getattr(recipe, f) for f in stage_fields(name)})),
-                      upstream={e: manifest['stages'][e]['files'] for e in before} | {'source': source})
+        manifest, inputs = read_manifest(run), stage_inputs(recipe, run, name, source)
         done = manifest['stages'].get(name)
         if done and (run/name).is_dir() and not force:
             if done['inputs'] != inputs: raise ValueError(_difference(run/name, done['inputs'], inputs))
+            if scaffold: shutil.rmtree(run/scaffold, ignore_errors=True)
             print(f'{name}: already done, {run/name}')
             return done['result']
         temporary = run/f'.{name}.partial'
@@ -960,6 +1014,7 @@ def stage(
         manifest['stages'][name] = dict(inputs=inputs, files=file_hashes(run/name),
                                         seconds=round(time.monotonic() - start, 1), result=result)
         write_json(manifest, run/'manifest.json')
+        if scaffold: shutil.rmtree(run/scaffold, ignore_errors=True)
         return result
 
 VERSIONED = ('kofinetune', 'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes', 'accelerate', 'trl', 'gguf')

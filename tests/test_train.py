@@ -3,6 +3,7 @@ import torch
 import json
 
 import pytest
+import trl.trainer.utils
 
 from kofinetune.data import Recipe, format_prompt, load_rows, prepare, read_jsonl
 from kofinetune.train import add_lora, count_trainable, encode, encode_rows, finetune, load_base, load_tokenizer, make_trainer
@@ -85,3 +86,25 @@ def test_the_same_seed_gives_the_same_adapter_bytes(tmp_path):
         finetune(recipe, tmp_path/name)
     weights = [(tmp_path/name/'adapter'/'adapter_model.safetensors').read_bytes() for name in 'ab']
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize('packing', [True, False])
+def test_the_fused_head_gives_the_loss_and_the_gradient_of_trls_own(tok, tmp_path, packing):
+    recipe = Recipe.named('rehearsal').replace(packing=packing, batch_size=2 if packing else 8, quant='none')
+    dataset, _ = encode_rows(load_rows('rehearsal')[:16], tok, recipe)
+    def outcome(fused):
+        model = add_lora(load_base(recipe)[0], recipe)
+        generator = torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            if 'lora_B' in name: p.data.normal_(0, .02, generator=generator)
+        trainer = make_trainer(model, tok, dataset, [], recipe, tmp_path)
+        base = model.get_base_model()
+        assert base.forward.__code__.co_filename.endswith('kofinetune/train.py')
+        if not fused: trl.trainer.utils.add_fused_lm_head(base, outputs=('log_probs', 'entropy', 'is_top1'))
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), dict(trainer._metrics['train'])
+    (loss, gradient, metrics), (ours, our_gradient, our_metrics) = outcome(False), outcome(True)
+    assert abs(ours - loss) < 1e-5 * loss
+    assert (our_gradient - gradient).norm() < 1e-4 * gradient.norm()
+    assert our_metrics == {k: pytest.approx(v, abs=1e-4) for k, v in metrics.items()}
