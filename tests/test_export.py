@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from kofinetune.data import Recipe, format_prompt, read_jsonl, read_manifest
-from kofinetune.export import (TYPES, difficult_rows, export_ollama, proof_failures, read_config, read_gguf, read_modelfile,
-                               read_tokens, serve_gguf, verify_gguf, write_gguf)
+from kofinetune import export
+from kofinetune.data import STYLES, Recipe, format_prompt, load_rows, read_manifest
+from kofinetune.export import (TYPES, check_gguf, difficult_rows, export_ollama, own_rounding, proof_failures, read_config, read_gguf,
+                               read_modelfile, read_tokens, reference_answers, serve_gguf, verify_gguf, verify_run, write_gguf)
 from kofinetune.rehearsal import stand_in_base
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
@@ -89,6 +90,30 @@ def test_keys(odd, tmp_path):
     assert [types[tokens.index(t)] for t in ('<bos>', '<unk>', '<0xEA>', '\n\n', '가')] == [3, 2, 6, 1, 1]
 
 
+@pytest.mark.parametrize('dtype', TYPES)
+def test_a_flipped_bit_and_a_changed_key_are_noticed(odd, tmp_path, dtype):
+    import gguf
+    path, wrong = tmp_path/'m.gguf', tmp_path/'wrong.gguf'
+    write_gguf(odd, path, dtype)
+    whole = check_gguf(odd, path, dtype)
+    assert whole == dict(tensors=94, keys=33, different=[])
+    tensors = {t.name: (t.data_offset, t.n_bytes) for t in gguf.GGUFReader(path).tensors}
+    for name, (offset, size) in list(tensors.items())[::12]:
+        data = bytearray(path.read_bytes())
+        data[offset + size // 2] ^= 1     # the lowest bit of a byte in the middle
+        wrong.write_bytes(data)
+        different = check_gguf(odd, wrong, dtype)['different']
+        assert len(different) == 1 and different[0].startswith(f'{name} is not the '), (name, different)
+    changes = {'general.file_type': 3, 'gemma3.rope.freq_base': 1e4, 'tokenizer.ggml.add_bos_token': False, 'tokenizer.ggml.scores': -5.}
+    for key, value in changes.items():
+        shutil.copyfile(path, wrong)
+        field = gguf.GGUFReader(wrong, 'r+').fields[key]
+        field.parts[field.data[-1]][0] = value
+        different = check_gguf(odd, wrong, dtype)['different']
+        assert len(different) == 1 and different[0].startswith(f'{key} is '), (key, different)
+    assert check_gguf(odd, path, dtype, name='another')['different'] == ["general.name is 'kofinetune', not 'another'"]
+
+
 @pytest.mark.parametrize('changes', [dict(tie_word_embeddings=False), dict(hidden_size=144)], ids=['head not tied', 'rows that 32 does not divide'])
 @pytest.mark.parametrize('dtype', TYPES)
 def test_odd_models_run_on_the_engine(tmp_path, changes, dtype):
@@ -96,9 +121,11 @@ def test_odd_models_run_on_the_engine(tmp_path, changes, dtype):
     made = write_gguf(folder, tmp_path/'m.gguf', dtype)
     assert bool(made['fell_back']) == (dtype == 'q8_0' and 'hidden_size' in changes)
     rows = difficult_rows()[:12]
-    proof = verify_gguf(folder, tmp_path/'m.gguf', [format_prompt(r, 'blog') for r in rows], answers=12, max_new_tokens=1)
-    assert proof['tokens']['different'] == 0 and proof['logprobs']['compared'] >= 50  # none where an answer ends at once
-    assert proof['logprobs']['max_difference'] < (.1 if dtype == 'q8_0' else .05), proof
+    prompts = [format_prompt(r, 'blog') for r in rows]
+    reference = reference_answers(folder, prompts, max_new_tokens=1)
+    proof = verify_gguf(folder, tmp_path/'m.gguf', prompts, max_new_tokens=1, reference=reference)
+    assert proof['logprobs']['compared'] >= 50  # none where an answer ends at once
+    assert proof_failures(proof | dict(greedy=dict(checked=0, equal=0)), dtype, own_rounding(folder, prompts, reference, dtype)) == []
 
 
 def test_a_wrong_position_base_is_noticed(odd, tmp_path):
@@ -106,12 +133,14 @@ def test_a_wrong_position_base_is_noticed(odd, tmp_path):
     import gguf
     write_gguf(odd, tmp_path/'m.gguf')
     prompts = [format_prompt(r, 'blog') for r in difficult_rows()[:12]]
-    assert not proof_failures(verify_gguf(odd, tmp_path/'m.gguf', prompts, 12, 1) | dict(greedy=dict(checked=0, equal=0)), 'bf16')
+    own = own_rounding(odd, prompts, reference_answers(odd, prompts, 1), 'bf16')
+    def failures(name): return proof_failures(verify_gguf(odd, tmp_path/name, prompts, 12, 1) | dict(greedy=dict(checked=0, equal=0)), 'bf16', own)
+    assert not failures('m.gguf')
     for key, value in {'gemma3.rope.freq_base': 1e4, 'gemma3.attention.sliding_window': 512}.items():
         shutil.copyfile(tmp_path/'m.gguf', tmp_path/'wrong.gguf')
         field = gguf.GGUFReader(tmp_path/'wrong.gguf', 'r+').fields[key]
         field.parts[field.data[0]][0] = value
-        assert proof_failures(verify_gguf(odd, tmp_path/'wrong.gguf', prompts, 12, 1), 'bf16'), key
+        assert 'log-probabilities' in failures('wrong.gguf')[0], key
 
 
 REFUSED = {'config.json': [(dict(model_type='llama'), "model_type is 'llama'"), (dict(layer_types=['full_attention'] * 7), 'layer_types'),
@@ -180,7 +209,7 @@ def test_scores_decide_between_two_cuts(odd, tmp_path):
     assert tok.tokenize('가나다') == ['가', '나다'] and tok.tokenize('가나') == ['가나']
     write_gguf(tmp_path, tmp_path/'m.gguf')
     proof = verify_gguf(tmp_path, tmp_path/'m.gguf', ['가나다', '다가나다가나'], answers=1, max_new_tokens=1)
-    assert proof['tokens'] == dict(checked=2, different=0, extra_bos=0, examples=[])
+    assert proof['tokens'] == dict(checked=2, different=0, share=0, extra_bos=0, examples=[])
 
 
 def test_the_real_size(tmp_path):
@@ -228,12 +257,52 @@ def copied(rehearsal_run, tmp_path):
 
 def test_a_failed_proof_leaves_no_folder(rehearsal_run, tmp_path, monkeypatch):
     monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
-    monkeypatch.setattr('kofinetune.export.LIMITS', dict(bf16=(1e-9, 1), q8_0=(1e-9, 1)))
+    monkeypatch.setattr(export, 'LIMITS', dict(bf16=1e-9, q8_0=1e-9))
+    monkeypatch.setattr(export, 'own_rounding', lambda *args: 0.)
     run = copied(rehearsal_run, tmp_path)
     shutil.rmtree(run/'ollama')
     with pytest.raises(RuntimeError, match=r'model-bf16.gguf is not the merged model: log-probabilities differ by 0\.\d+, more than 1e-09'):
-        export_ollama(Recipe.named('rehearsal'), run)
+        export_ollama(Recipe.named('rehearsal').replace(gguf=('bf16',)), run)
     assert not (run/'ollama').exists() and not list(run.glob('.*partial'))
+
+
+def test_a_file_that_was_not_written_as_planned_stops_the_export(rehearsal_run, tmp_path, monkeypatch):
+    "A disk that flips one bit: the export reads its own file back, and stops."
+    monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
+    real = export.write_gguf
+    def flipping(model_dir, path, dtype, name):
+        made = real(model_dir, path, dtype, name)
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 1
+        path.write_bytes(data)
+        return made
+    monkeypatch.setattr(export, 'write_gguf', flipping)
+    run = copied(rehearsal_run, tmp_path)
+    shutil.rmtree(run/'ollama')
+    with pytest.raises(RuntimeError, match=r'model-bf16.gguf is not the merged model: \S+ is not the \S+ of the safetensors'):
+        export_ollama(Recipe.named('rehearsal').replace(gguf=('bf16',)), run)
+    assert not (run/'ollama').exists()
+
+
+def test_verify_without_a_server_proves_the_files(rehearsal_run, tmp_path, monkeypatch):
+    monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
+    run = copied(rehearsal_run, tmp_path)
+    said = verify_run(Recipe.named('rehearsal'), run)
+    assert said['failed'] == [] and 'http://127.0.0.1:9' in said['text']['skipped'] and said['server'] is None
+    assert said['tokens']['checked'] == 100 + len(difficult_rows()) + 2320 and said['tokens']['different'] == 0
+    assert said['files_proved']['bf16']['file']['tensors'] == 54 and {'transformers', 'xllamacpp'} <= set(said['versions'])
+    assert json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8')) == said
+
+
+def test_verify_says_which_file_has_changed(rehearsal_run, tmp_path, monkeypatch):
+    from kofinetune.cli import main
+    run = copied(rehearsal_run, tmp_path)
+    with (run/'ollama'/'model-q8_0.gguf').open('r+b') as f: f.seek(-40, 2); f.write(b'\x55')
+    monkeypatch.setattr('sys.argv', ['kofinetune', 'verify', str(run)])
+    with pytest.raises(SystemExit) as e: main()
+    assert e.value.code == 1
+    failed = json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))['failed']
+    assert len(failed) == 1 and 'model-q8_0.gguf is not the file that was written' in failed[0] and '--force' in failed[0]
 
 
 def test_without_a_server_it_says_how_to_register(rehearsal_run, monkeypatch, capsys):
@@ -249,11 +318,18 @@ def test_a_bad_name_is_refused_before_any_work(rehearsal_run):
     assert read_manifest(rehearsal_run) == before
 
 
+@pytest.mark.parametrize('style', STYLES)
+def test_tokens_of_the_packaged_rows(tmp_path, style):
+    write_gguf(stand_in_base(), tmp_path/'m.gguf')
+    prompts = [format_prompt(row, style) for row in load_rows('rehearsal') + difficult_rows()]
+    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', prompts, answers=1, max_new_tokens=1)
+    assert proof['tokens'] == dict(checked=2320 + len(difficult_rows()), different=0, share=0, extra_bos=0, examples=[])
+
+
 @pytest.mark.koalpaca
 def test_tokens_of_the_real_rows(koalpaca, tmp_path):
     "Every real row's prompt has the ids that transformers gives it."
-    rows = [dict(instruction=r['instruction'], input=r['input']) for r in json.loads(koalpaca.read_text(encoding='utf-8'))]
     write_gguf(stand_in_base(), tmp_path/'m.gguf')
-    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', [format_prompt(r, 'blog') for r in rows], answers=1, max_new_tokens=1)
-    assert proof['tokens']['checked'] == len(rows) == 8000
-    assert proof['tokens']['different'] == 0, proof['tokens']['examples']
+    prompts = [format_prompt(row, 'blog') for row in json.loads(koalpaca.read_text(encoding='utf-8'))]
+    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', prompts, answers=1, max_new_tokens=1)
+    assert proof['tokens'] == dict(checked=8000, different=0, share=0, extra_bos=0, examples=[])

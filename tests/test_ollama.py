@@ -10,12 +10,17 @@ import ollama
 import pytest
 from conftest import ollama_program
 
-from kofinetune.data import Recipe, format_prompt, read_jsonl, read_manifest
-from kofinetune.export import (create_model, difficult_rows, export_ollama, is_registered, list_models, modelfile, prompt_template,
-                               proof_failures, read_modelfile, server_url, verify_ollama, verify_run)
+from test_export import copied, make_model
+
+from kofinetune import export
+from kofinetune.data import STYLES, Recipe, format_prompt, load_rows, read_jsonl, read_manifest
+from kofinetune.export import (check_name, compare_texts, create_model, difficult_rows, export_ollama, fallen_back, list_models, load_gguf,
+                               modelfile, modelfile_value, own_rounding, prompt_template, proof_failures, read_modelfile,
+                               reference_answers, served_differences, served_file, server_url, verify_ollama, verify_run, write_gguf)
 
 pytestmark = pytest.mark.ollama
 NAME = 'kofinetune-rehearsal:latest'
+POST = '\n### Instruction:\n{{ .Prompt }}\n\n### Response:\n'
 
 
 @pytest.fixture(scope='module')
@@ -32,6 +37,17 @@ def blog(run, tmp_path_factory):
     shutil.copyfile(run/'ollama'/'model-bf16.gguf', folder/'model-bf16.gguf')
     (folder/'Modelfile').write_text(modelfile('model-bf16.gguf', 'blog', num_ctx=512, num_predict=16, threads=1), encoding='utf-8')
     return create_model('tests/blog:v1.0', folder)['name']
+
+
+@pytest.fixture(scope='module')
+def tiny(ollama_server, tmp_path_factory):
+    "The stand-in's tokenizer around next to no model, in both styles: what is asked here is only the text and the tokens."
+    folder = make_model(tmp_path_factory.mktemp('tiny'), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1)
+    write_gguf(folder, folder/'tiny.gguf')
+    for style in STYLES:
+        (folder/'Modelfile').write_text(modelfile('tiny.gguf', style, num_ctx=4096, num_predict=1, threads=1), encoding='utf-8')
+        create_model(f'tests/tiny-{style}', folder)
+    return folder
 
 
 def ask(path, **request):
@@ -73,10 +89,42 @@ def test_api_and_program_make_the_same_model(run):
     client.delete('by-hand')
 
 
-def test_rendered_prompts_are_the_trained_ones(run, blog):
-    rows = difficult_rows() + read_jsonl(run/'data'/'valid.jsonl')[:50]
-    for model, style in ((NAME, 'alpaca'), (blog, 'blog')):
-        for row in rows: assert rendered(model, row) == format_prompt(row, style)
+@pytest.mark.parametrize('style', STYLES)
+def test_text_and_tokens_of_difficult_rows(tiny, style):
+    rows = difficult_rows()
+    proof = verify_ollama(f'tests/tiny-{style}', tiny, rows, style, answers=0)
+    assert proof['text'] == dict(checked=len(rows), different=0, examples=[])
+    assert proof['tokens'] == dict(checked=len(rows), different=0, share=0, extra_bos=0, examples=[])
+
+
+def joined(rows, style, size=8):
+    "The prompts of `size` rows as one question: the same text, and the same tokens to find in it, in fewer requests."
+    prompts = [format_prompt(row, style) for row in rows]
+    return [dict(instruction='\n\n'.join(prompts[i:i + size]), input='') for i in range(0, len(prompts), size)]
+
+
+@pytest.mark.parametrize('style', STYLES)
+def test_tokens_of_every_packaged_row(tiny, style):
+    "Their text is compared in 03."
+    questions = joined(load_rows('rehearsal'), style)
+    proof = verify_ollama('tests/tiny-alpaca', tiny, questions, answers=0, texts=None)
+    assert proof['tokens'] == dict(checked=290, different=0, share=0, extra_bos=0, examples=[])
+
+
+@pytest.mark.koalpaca
+def test_tokens_of_the_real_rows(tiny, koalpaca):
+    questions = joined(json.loads(koalpaca.read_text(encoding='utf-8')), 'blog')
+    proof = verify_ollama('tests/tiny-alpaca', tiny, questions, answers=0, texts=None)
+    assert proof['tokens'] == dict(checked=1000, different=0, share=0, extra_bos=0, examples=[])
+
+
+@pytest.mark.parametrize('style', STYLES)
+def test_another_template_is_seen_in_the_text(tiny, style):
+    "One newline more or less in the template, and every row is counted."
+    rows = difficult_rows()[:5]
+    for i, template in enumerate(('\n' + prompt_template(style), prompt_template(style)[:-1])):
+        ollama.Client().create(f'tests/wrong-{i}', from_=f'tests/tiny-{style}', template=template)
+        assert compare_texts(f'tests/wrong-{i}', rows, style)['different'] == 5
 
 
 def test_a_conversation_asks_only_its_last_question(run, blog):
@@ -90,10 +138,12 @@ def test_a_conversation_asks_only_its_last_question(run, blog):
 def test_the_server_sees_the_same_tokens_and_says_the_same(run, blog, style):
     model, dtype = (NAME, 'q8_0') if style == 'alpaca' else (blog, 'bf16')
     rows = read_jsonl(run/'data'/'valid.jsonl')[:20] + difficult_rows()
-    proof = verify_ollama(model, run/'merged', rows, style, answers=20)
-    assert proof_failures(proof, dtype) == []
+    prompts = [format_prompt(row, style) for row in rows[:20]]
+    reference = reference_answers(run/'merged', prompts)
+    proof = verify_ollama(model, run/'merged', rows, style, reference=reference)
+    assert proof_failures(proof, dtype, own_rounding(run/'merged', prompts, reference, dtype)) == []
     assert proof['text'] == dict(checked=len(rows), different=0, examples=[])
-    assert proof['tokens'] == dict(checked=len(rows), different=0, extra_bos=0, examples=[])
+    assert proof['tokens'] == dict(checked=len(rows), different=0, share=0, extra_bos=0, examples=[])
     assert proof['logprobs']['compared'] >= 70 and proof['greedy']['checked'] == 20 and proof['server']
 
 
@@ -109,13 +159,13 @@ def test_a_held_out_question_gets_the_right_answer(run):
 
 def test_a_finished_stage_is_registered_again(run, capsys):
     ollama.Client().delete(NAME)
-    assert not is_registered(NAME, run/'ollama')
+    assert served_differences(NAME, run/'ollama') is None
     (run/'ollama'/'verify.json').write_text('{}', encoding='utf-8')
     export_ollama(Recipe.named('rehearsal'), run)
     out = capsys.readouterr().out
     assert 'already done' in out and f'registered {NAME}' in out
-    assert is_registered(NAME, run/'ollama')
-    assert not is_registered('tests/blog:v1.0', run/'ollama')
+    assert served_differences(NAME, run/'ollama') == []
+    assert served_differences('tests/blog:v1.0', run/'ollama') == ['file', 'template', 'parameters']
     verify_json_is_of_this_server(run)
 
 
@@ -130,17 +180,63 @@ def verify_json_is_of_this_server(run):
 
 def test_a_model_that_fails_its_proof_gets_no_name(run, tmp_path):
     "The post's template under our weights: the stage says what differs, and the name stays free."
-    copy = tmp_path/'run'
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns('.lock', 'checkpoints'))
+    copy = copied(run, tmp_path)
     manifest = json.loads((copy/'manifest.json').read_text(encoding='utf-8'))
     manifest['stages']['ollama']['result'] |= dict(name='never:latest')
     (copy/'manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
     path = copy/'ollama'/'Modelfile'
-    post = '\n### Instruction:\n{{ .Prompt }}\n\n### Response:\n'
-    path.write_text(path.read_text(encoding='utf-8').replace(prompt_template('alpaca'), post), encoding='utf-8')
-    with pytest.raises(RuntimeError, match=r'does not serve the merged model: \d+ of \d+ prompts are rendered differently'):
-        verify_run(Recipe.named('rehearsal'), copy)
+    path.write_text(path.read_text(encoding='utf-8').replace(prompt_template('alpaca'), POST), encoding='utf-8')
+    with pytest.raises(RuntimeError, match=r'does not serve the merged model: 158 of 158 prompts are rendered differently'):
+        export_ollama(Recipe.named('rehearsal'), copy)
     assert not [m for m in list_models() if m['name'].startswith('never')]
+
+
+def verified(run, monkeypatch, capsys):
+    "`kofinetune verify RUN`, here: exit code, what it says, and verify.json."
+    from kofinetune.cli import main
+    monkeypatch.setattr('sys.argv', ['kofinetune', 'verify', str(run)])
+    monkeypatch.setattr(export, 'load_rows', lambda source: load_rows(source)[:20])   # all of them: in 03 and above
+    code = 0
+    try: main()
+    except SystemExit as e: code = e.code or 0
+    said = capsys.readouterr()
+    return code, said.out + said.err, json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
+
+
+def test_verify_proves_what_is_served_now(run, tmp_path, monkeypatch, capsys):
+    copy, client = copied(run, tmp_path), ollama.Client()
+    code, out, said = verified(copy, monkeypatch, capsys)
+    assert code == 0 and said['failed'] == [] and said['served'] == dict(name=NAME, different=[])
+    assert said['text']['checked'] == 178 and said['greedy']['checked'] == 100 and said['server'] == export.server_version()
+    assert 'text  checked 178, different 0' in out
+    try:
+        client.create(NAME, from_=NAME, template=POST)
+        code, out, said = verified(copy, monkeypatch, capsys)
+        assert code == 1 and 'its template is not that of' in out and 'prompts are rendered differently' in out and 'Traceback' not in out
+        assert said['served']['different'] == ['template'] and said['text']['different'] > 100 and said['tokens']['different'] > 100
+        assert said['failed'][0] in out
+    finally: create_model(NAME, run/'ollama')
+
+
+def test_verify_notices_another_model_under_the_name(run, tiny, tmp_path, monkeypatch, capsys):
+    copy = copied(run, tmp_path)
+    shutil.copyfile(tiny/'tiny.gguf', tmp_path/'model-q8_0.gguf')
+    shutil.copyfile(run/'ollama'/'Modelfile', tmp_path/'Modelfile')
+    try:
+        create_model(NAME, tmp_path)
+        code, out, said = verified(copy, monkeypatch, capsys)
+        assert code == 1 and 'its file is not that of' in out and 'log-probabilities differ' in out
+        assert said['served']['different'] == ['file'] and said['text']['different'] == said['tokens']['different'] == 0
+    finally: create_model(NAME, run/'ollama')
+
+
+def test_verify_without_the_model_says_how_to_register_it(run, tmp_path, monkeypatch, capsys):
+    copy = copied(run, tmp_path)
+    ollama.Client().delete(NAME)
+    try:
+        code, out, said = verified(copy, monkeypatch, capsys)
+        assert code == 0 and f'has no model {NAME}; register it with: kofinetune export --run' in said['text']['skipped']
+    finally: create_model(NAME, run/'ollama')
 
 
 def test_known_differences_are_still_there(run):
@@ -148,3 +244,61 @@ def test_known_differences_are_still_there(run):
     assert 'image' in ask('/api/generate', model=NAME, prompt='[img-0]').get('error', '')
     proof = verify_ollama(NAME, run/'merged', [dict(instruction='<unk>', input='')], answers=1)
     assert proof['tokens']['different'] == 1 and proof['text']['different'] == 0
+
+
+NAMES = ('a', 'A_1-b.c', '_x', 'x:y', 'x:1.0_a-b', 'ns/x', 'ns_1/x:y', 'h.st:80/ns/x:y', 'a' * 80, 'a' * 81, 'x:' + 'y' * 80, 'x:' + 'y' * 81, 'n' * 80 + '/x',
+         'n' * 81 + '/x', '', ':', 'x:', ':x', '-x', '.x', 'x/', '/x', 'n.s/x', 'ns/x/y/z', '한글', 'x y', 'x:한', 'x\n', 'x@y', 'é')
+
+
+@pytest.mark.parametrize('name', NAMES, ids=[str(i) for i in range(len(NAMES))])
+def test_a_name_is_valid_here_where_it_is_in_ollama(tiny, name):
+    try: ours = bool(check_name(name))
+    except ValueError: ours = False
+    status = ask('/api/create', model=name, **{'from': 'tests/tiny-alpaca'})
+    assert ours == (status.get('status') == 'success'), status
+    if ours: ollama.Client().delete(name)
+
+
+def test_a_modelfile_keeps_what_we_let_through(tiny, tmp_path):
+    "Characters of every kind, each in a value of its own: Ollama's program keeps those that we accept, and only those."
+    program = ollama_program()
+    if not program: pytest.skip('the server is remote: no ollama program here')
+    shutil.copyfile(tiny/'tiny.gguf', tmp_path/'m.gguf')
+    marks = ['가', '\u1112\u1161', '뼉', '👩', '🇰', '\u3000', '\u00a0', '\u200b', '\u200d', '\ufeff', '\u00ad', '\x07', '\x7f', '\t', ' ', '"', "'", '\\n', '{{', '“', 'م']
+    def license_of(text):
+        (tmp_path/'Modelfile').write_text(f'FROM ./m.gguf\nLICENSE """{text}"""\n', encoding='utf-8')
+        subprocess.run([program, 'create', 'tests/mark', '-f', str(tmp_path/'Modelfile')], check=True, capture_output=True)
+        return ollama.Client().show('tests/mark').license
+    for mark in marks:
+        text = f'앞{mark}뒤'
+        try: ours = bool(modelfile_value(text, 'LICENSE'))
+        except ValueError as e: ours, message = False, str(e); assert f'column 2 is U+{ord(mark):04X}' in message
+        assert ours == (license_of(text) == text), repr(mark)
+
+
+def test_what_the_post_did_loses_the_hangul(run, tmp_path):
+    "Its Modelfile and a folder as transformers 5 saves it: `ollama create` says success, and the question has no Hangul left."
+    program = ollama_program()
+    if not program: pytest.skip('the server is remote: no ollama program here')
+    shutil.copytree(run/'merged', tmp_path/'merged', ignore=shutil.ignore_patterns('tokenizer.model'))
+    (tmp_path/'Modelfile').write_text('FROM ./merged\nTEMPLATE """' + POST + '"""\n', encoding='utf-8')
+    made = subprocess.run([program, 'create', 'tests/post', '-f', str(tmp_path/'Modelfile')], capture_output=True, text=True, check=True)
+    assert 'success' in made.stdout + made.stderr
+    proof = verify_ollama('tests/post', run/'merged', read_jsonl(run/'data'/'valid.jsonl')[:20], answers=20)
+    assert proof['text']['different'] == proof['tokens']['different'] == 20 and proof['greedy']['equal'] == 0
+
+
+def test_four_bits_fall_back_and_still_answer(run, tmp_path):
+    "Ollama's own q4_K_M of rows of 128: most matrices cannot be what the name says, and the file still holds the model."
+    for name in ('model-bf16.gguf', 'Modelfile'): shutil.copyfile(run/'ollama'/name, tmp_path/name)
+    path = tmp_path/'Modelfile'
+    path.write_text(path.read_text(encoding='utf-8').replace('q8_0', 'bf16'), encoding='utf-8')
+    create_model('tests/four', tmp_path, quantize='q4_K_M')
+    path = served_file('tests/four')
+    fell = fallen_back(path, 'q4_K_M')
+    assert fell['types'] == {'Q4_K': 2, 'Q5_0': 22, 'Q6_K': 2, 'Q8_0': 3} and .8 < fell['tensors'] < .9
+    assert path.stat().st_size < (run/'ollama'/'model-q8_0.gguf').stat().st_size
+    right = [ollama.Client().generate('tests/four', r['instruction'], system=r['input']).response == r['output']
+             for r in read_jsonl(run/'data'/'valid.jsonl')[:40]]
+    assert sum(right) > 20
+    load_gguf(run/'merged', path)
