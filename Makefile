@@ -26,7 +26,7 @@ $(READY): settings.ini setup.py .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev,bench]'
 	touch $@
 
 $(VENV)/.docs-ready: $(READY)

@@ -1,46 +1,143 @@
-"Held-out loss against an independent computation, in plain torch, row by row."
+"Scores, intervals and the report: what a user reads is what was measured."
+import copy
 import json
 import math
+import re
+import shutil
 
+import jsonschema
+import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kofinetune.data import read_jsonl
-from kofinetune.eval import answer_nll, generate, summarize
+from kofinetune.data import Recipe, read_jsonl, read_manifest, write_json
+from kofinetune.eval import (REPORT_SCHEMA, answer_nll, evaluate, exact_match, generate, headline, outcome, paired_difference,
+                             share_ci, side_by_side, summarize)
+from kofinetune.train import encode
+
+MODELS = ['base', 'tuned', 'merged', 'gguf-bf16', 'gguf-q8_0']
 
 
-def test_held_out_loss_equals_a_plain_computation(rehearsal_run):
-    tok = AutoTokenizer.from_pretrained(rehearsal_run/'merged')
-    model = AutoModelForCausalLM.from_pretrained(rehearsal_run/'merged', dtype=torch.float32).eval()
-    nats = tokens = hits = size = 0
-    for line in (rehearsal_run/'data'/'valid.jsonl').read_text(encoding='utf-8').splitlines():
-        row = json.loads(line)
-        prompt = f"### Instruction:\n{row['instruction']}\n\n"
-        if row['input']: prompt += f"### Input:\n{row['input']}\n\n"
-        prompt = tok(prompt + '### Response:\n')['input_ids']
-        answer = tok(row['output'], add_special_tokens=False)['input_ids'] + [tok.convert_tokens_to_ids('<eos>')]
-        with torch.no_grad(): logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-        for i, token in enumerate(answer):
-            nats -= logp[len(prompt) + i - 1, token].item()
-            hits += int(logp[len(prompt) + i - 1].argmax() == token)
-        tokens += len(answer)
-        size += len(row['output'].encode())
-    seen = json.loads((rehearsal_run/'eval'/'report.json').read_text(encoding='utf-8'))['models']['merged']
-    assert abs(seen['answer_nll'] - nats / tokens) < 1e-4
-    assert abs(seen['token_accuracy'] - hits / tokens) < 1e-4
-    assert abs(seen['bits_per_byte'] - nats / math.log(2) / size) < 1e-4
+@pytest.fixture(scope='module')
+def report(rehearsal_run): return json.loads((rehearsal_run/'eval'/'report.json').read_text(encoding='utf-8'))
 
 
-def test_batching_changes_neither_scores_nor_answers(rehearsal_run):
-    tok = AutoTokenizer.from_pretrained(rehearsal_run/'merged')
-    model = AutoModelForCausalLM.from_pretrained(rehearsal_run/'merged', dtype=torch.float32).eval()
+@pytest.fixture(scope='module')
+def merged(rehearsal_run):
+    return (AutoModelForCausalLM.from_pretrained(rehearsal_run/'merged', dtype=torch.float32).eval(),
+            AutoTokenizer.from_pretrained(rehearsal_run/'merged'))
+
+
+def test_batching_changes_neither_scores_nor_answers(rehearsal_run, merged):
     rows = read_jsonl(rehearsal_run/'data'/'valid.jsonl')[:40]
-    together, alone = (answer_nll(model, tok, rows, batch_size=n) for n in (40, 1))
-    assert all(abs(a['nll'] / a['tokens'] - b['nll'] / b['tokens']) < 1e-4 for a, b in zip(together, alone))
-    assert generate(model, tok, rows, batch_size=40) == generate(model, tok, rows, batch_size=1)
+    together, alone = (answer_nll(*merged, rows, batch_tokens=n) for n in (4096, 1))
+    assert all(abs(a['nll'] - b['nll']) / a['tokens'] < 1e-4 for a, b in zip(together, alone))
+    assert [a['correct'] for a in together] == [b['correct'] for b in alone]
+    for row, score in zip(rows, together):              # and what they say is transformers' own loss
+        ids, labels = (torch.tensor([encode(row, merged[1])[key]]) for key in ('input_ids', 'labels'))
+        with torch.no_grad(): said = merged[0](input_ids=ids, labels=labels)
+        assert abs(score['nll'] / score['tokens'] - said.loss.item()) < 1e-4
+        assert score['correct'] == (said.logits[0, :-1].argmax(-1) == labels[0, 1:]).sum()      # -100 is nobody's argmax
+    assert generate(*merged, rows, batch_size=40) == generate(*merged, rows, batch_size=1)
 
 
-def test_interval_shrinks_with_the_square_root_of_the_rows(rehearsal_run):
-    scores = [dict(nll=float(i % 7), tokens=1, correct=0, bytes=1) for i in range(1600)]
-    few, many = summarize(scores[:100])['answer_nll_ci'], summarize(scores)['answer_nll_ci']
-    assert 3 < (few[1] - few[0]) / (many[1] - many[0]) < 5
+def test_a_row_that_does_not_fit_is_counted(rehearsal_run, merged):
+    rows = read_jsonl(rehearsal_run/'data'/'valid.jsonl')[:3]
+    rows[1] = rows[1] | dict(output='가' * 600)
+    scores = answer_nll(*merged, rows)
+    assert [s is None for s in scores] == [False, True, False] and summarize(scores)['left_out'] == 1
+
+
+def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
+    draw, inside = np.random.default_rng(1), 0
+    for seed in range(300):
+        rows = [dict(nll=2.0 * n * e, tokens=n, correct=0, bytes=1) for n, e in zip(draw.integers(1, 9, 80), draw.exponential(1, 80))]
+        low, high = summarize(rows, seed)['answer_nll_ci']
+        inside += low <= 2 <= high
+    assert .89 < inside / 300 <= .98, inside / 300
+
+
+def test_wilson_by_its_formula():
+    for hits, of in ((0, 25), (13, 25), (25, 25), (7, 900)):
+        z, p = 1.959963984540054, hits / of
+        middle, reach = p + z * z / 2 / of, z * math.sqrt(p * (1 - p) / of + z * z / 4 / of ** 2)
+        assert share_ci(hits, of) == pytest.approx([(middle - reach) / (1 + z * z / of), (middle + reach) / (1 + z * z / of)], abs=1e-12)
+
+
+def test_a_paired_difference_is_surer_than_its_parts():
+    hard = np.random.default_rng(0).exponential(1, 200)
+    one, two = ([dict(nll=h + gain, tokens=1, correct=0, bytes=1) for h in hard] for gain in (.1, 0.))
+    seen, parts = paired_difference(one, two, 'nll', 'tokens'), [summarize(side)['answer_nll_ci'] for side in (one, two)]
+    assert seen['difference_ci'] == pytest.approx([-.1, -.1]) and parts[0][0] < parts[1][1]   # their own intervals overlap
+
+
+def test_report_json_is_as_its_schema_says(report):
+    jsonschema.Draft202012Validator.check_schema(REPORT_SCHEMA)
+    jsonschema.validate(report, REPORT_SCHEMA)
+    assert list(report['models']) == MODELS
+    assert list(report['differences']) == ['tuned - base', 'merged - tuned', 'gguf-bf16 - merged', 'gguf-q8_0 - merged']
+    for model in report['models'].values():
+        for name, (low, high) in ((n.removesuffix('_ci'), v) for n, v in model.items() if n.endswith('_ci')):
+            assert low <= model[name] <= high and low < high
+
+
+@pytest.mark.parametrize('where, value', [
+    (('rows',), None), (('models', 'tuned', 'token_accuracy'), 97.0), (('models', 'gguf-q8_0', 'chrf'), 101), (('models', 'merged'), None),
+    (('models', 'base', 'answer_nll_ci'), [1.0]), (('differences', 'tuned - base', 'answer_nll'), -2.7), (('outcomes', 'worse'), 'few')])
+def test_a_report_that_breaks_the_schema_is_refused(report, where, value):
+    broken = copy.deepcopy(report)
+    at = broken
+    for key in where[:-1]: at = at[key]
+    if value is None: del at[where[-1]]
+    else: at[where[-1]] = value
+    with pytest.raises(jsonschema.ValidationError): jsonschema.validate(broken, REPORT_SCHEMA)
+
+
+def test_report_counts_what_the_answers_say(report, rehearsal_run):
+    rows = read_jsonl(rehearsal_run/'eval'/'answers.jsonl')
+    scores = read_jsonl(rehearsal_run/'eval'/'scores.jsonl')
+    for name in MODELS:
+        right, total = [exact_match(r, r[name]) for r in rows], sum(s[name]['tokens'] for s in scores)
+        assert report['models'][name]['exact_match'] == sum(right) / len(rows)
+        assert report['models'][name]['answer_nll'] == pytest.approx(sum(s[name]['nll'] for s in scores) / total)
+    wrong = {r['kind'] for r in rows if not exact_match(r, r['tuned'])}
+    assert set(report['failures']) == wrong and all(len(f) <= 5 for f in report['failures'].values())
+    assert sum(report['outcomes'].values()) == len(rows) == report['rows']
+    assert report['outcomes']['worse'] == sum(outcome(r, r['base'], r['tuned']) == 'worse' for r in rows)
+    for e in report['examples']: assert (e['base'], e['tuned']) == (rows[e['row']]['base'], rows[e['row']]['tuned'])
+
+
+def test_worse_answers_are_shown_first_and_no_more_than_a_quarter():
+    rows = [dict(instruction=str(i), input='', output='참') for i in range(100)]
+    base = [dict(answer='참' if i < 30 else '거짓') for i in range(100)]
+    tuned = [dict(answer='참' if i >= 30 else '거짓') for i in range(100)]
+    drawn, again, other = (side_by_side(rows, dict(base=base, tuned=tuned), seed=seed) for seed in (0, 0, 1))
+    assert list(drawn.outcome[:5]) == ['worse'] * 5 and len(drawn) == 20 and drawn.index.is_unique
+    assert list(drawn.index) == list(again.index) != list(other.index)
+
+
+def test_report_page_is_one_page_and_begins_with_the_answer(report, rehearsal_run):
+    text = (rehearsal_run/'eval'/'report.md').read_text(encoding='utf-8')
+    assert text.splitlines()[0] == f'# {headline(report)}' and len(text.splitlines()) <= 60
+    for name in MODELS: assert f'| {name} | {report["models"][name]["answer_nll"]:.3f} (' in text
+    for link in re.findall(r'\]\(([^)]+)\)', text): assert (rehearsal_run/'eval'/link).is_file(), link
+    assert '## Limits' in text and 'kofinetune run --recipe recipe.json' in text
+    examples = (rehearsal_run/'eval'/'side_by_side.md').read_text(encoding='utf-8')
+    assert examples.count('\n| ') == 22     # a head, a line below it, twenty questions
+
+
+def test_a_changed_gguf_is_noticed_and_a_later_proof_is_not(rehearsal_run, tmp_path, capsys):
+    run, recipe = tmp_path/'run', Recipe.named('rehearsal')
+    shutil.copytree(rehearsal_run, run, ignore=shutil.ignore_patterns('.lock'))
+    manifest = read_manifest(run)
+    manifest['stages']['ollama']['files']['verify.json'] = 'written again'
+    write_json(manifest, run/'manifest.json')
+    evaluate(recipe, run)
+    assert 'already done' in capsys.readouterr().out
+    manifest['stages']['ollama']['files']['model-q8_0.gguf'] = 'another file'
+    write_json(manifest, run/'manifest.json')
+    with pytest.raises(ValueError, match='files that have changed'): evaluate(recipe, run)
+    del manifest['stages']['ollama']
+    write_json(manifest, run/'manifest.json')
+    with pytest.raises(FileNotFoundError, match='kofinetune export'): evaluate(recipe, run)

@@ -1,0 +1,86 @@
+"Korean benchmarks through lm-evaluation-harness: its own task definitions on rows written here, and ours end to end."
+import json
+
+import pytest
+import torch
+
+from kofinetune.data import Recipe, format_prompt, read_jsonl
+from kofinetune.eval import BENCHMARKS, answer_nll, benchmark, choice_task, load_tasks, run_tasks
+from kofinetune.train import load_tuned
+
+lm_eval = pytest.importorskip('lm_eval', reason="lm-eval is missing; pip install 'kofinetune[bench]'")
+
+# A few rows of our own in the form of each data set (made up for this test; not the benchmarks' rows).
+ROWS = {
+    'kobest_copa': ([dict(premise='비가 왔다.', question='결과', alternative_1='길이 젖었다.', alternative_2='길이 말랐다.', label=0),
+                     dict(premise='불이 꺼졌다.', question='원인', alternative_1='배가 고팠다.', alternative_2='전기가 나갔다.', label=1)], 2,
+                    ('비가 왔다.  그래서', ' 길이 젖었다.')),
+    'kobest_boolq': ([dict(paragraph='사과는 과일이다.', question='사과는 과일인가?', label=1)], 2,
+                     ('사과는 과일이다. 질문: 사과는 과일인가? 답변:', '아니오')),
+    'haerae_general_knowledge': ([dict(query='한국의 수도는? (A) 부산 (B) 서울 (C) 대구 (D) 광주 (E) 대전', answer='(B)')], 5, ('(E) 대전', ' (A)')),
+    'kmmlu_accounting': ([dict(question='1 더하기 1은?', A='1', B='2', C='3', D='4', answer=2)], 4, ('정답：', ' A')),
+}
+
+
+@pytest.fixture(scope='module')
+def tuned(rehearsal_run): return load_tuned(Recipe.named('rehearsal'), rehearsal_run)
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_the_harness_asks_its_own_tasks(name, tuned):
+    from datasets import Dataset
+    rows, choices, (context, first) = ROWS[name]
+    data = {split: Dataset.from_list(rows) for split in ('train', 'validation', 'test', 'dev')}
+    tasks = load_tasks(name, custom_dataset=lambda **_: data)
+    seen = run_tasks(*tuned, tasks)
+    assert seen['rows'] == len(rows) and seen['chance'] == 1 / choices and len(seen['correct']) == len(rows)
+    assert seen['prompt'][0].rstrip().endswith(context) and seen['prompt'][1].strip() == first.strip(), seen['prompt']
+    assert seen['versions']['lm-eval'] == lm_eval.__version__ and seen['versions'][name] in (1.0, 2.0)
+
+
+@pytest.mark.parametrize('name', BENCHMARKS)
+def test_without_its_data_a_benchmark_fails_in_one_line(name, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match=f'the data of {name} could not be loaded .*network') as e: load_tasks(name)
+    assert '\n' not in str(e.value)
+
+
+def test_the_groups_hold_the_tasks_that_are_known_by_these_names():
+    from pathlib import Path
+    from lm_eval.tasks import TaskManager
+    folders = [Path(lm_eval.__file__).parent/'tasks'/name for name in BENCHMARKS]
+    known = TaskManager(include_path=folders, include_defaults=False)
+    assert set(BENCHMARKS) <= set(known.all_groups)
+    leaves = [t for t in known.all_subtasks if t.startswith(BENCHMARKS)]
+    assert sum(t.startswith('kobest_') for t in leaves) == 5 and sum(t.startswith('haerae_') for t in leaves) == 5
+    with pytest.raises(ValueError, match="no benchmark 'mmlu'; there are kobest, haerae, kmmlu"): load_tasks('mmlu')
+
+
+def test_rows_of_our_own_on_base_and_tuned(rehearsal_run, tuned, tmp_path):
+    rows = read_jsonl(rehearsal_run/'data'/'valid.jsonl')[:120]
+    result = benchmark(Recipe.named('rehearsal'), rehearsal_run, [choice_task(rows)], out=tmp_path, limit=80)['own_rows']
+    base, after = result['base'], result['tuned']
+    assert base['rows'] == after['rows'] == 80 and base['chance'] == after['chance'] == .25
+    assert after['accuracy'] > .8 and after['accuracy_ci'][0] <= after['accuracy'] <= after['accuracy_ci'][1]
+    assert result['difference'] == pytest.approx(after['accuracy'] - base['accuracy'])
+    assert json.loads((tmp_path/'bench.json').read_text(encoding='utf-8'))['own_rows']['tuned']['accuracy'] == after['accuracy']
+    assert base['prompt'][1] in {row['output'] for row in rows}           # nothing between prompt and answer, as trained
+    assert base['prompt'][0] == format_prompt(rows[0]) and base['data'] == after['data']
+
+
+def test_the_harness_scores_as_answer_nll_does(rehearsal_run, tuned):
+    "The log-probability of a choice is that of the prompt's last newline, which the harness moves there, and of the answer, behind one <bos>."
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    model, tok = tuned
+    rows = read_jsonl(rehearsal_run/'data'/'valid.jsonl')[:20]
+    asked = [Instance('loglikelihood', {}, (format_prompt(row), row['output']), i) for i, row in enumerate(rows)]
+    theirs = [logp for logp, _ in HFLM(pretrained=model, tokenizer=tok, batch_size=8).loglikelihood(asked, disable_tqdm=True)]
+    expected = []
+    for row, score in zip(rows, answer_nll(model, tok, rows)):
+        prompt, answer = tok(format_prompt(row))['input_ids'], tok(row['output'], add_special_tokens=False)['input_ids']
+        with torch.inference_mode(): logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        newline, end = logp[len(prompt) - 2, prompt[-1]].item(), logp[-1, tok.eos_token_id].item()
+        expected.append(newline - score['nll'] - end)
+    assert theirs == pytest.approx(expected, abs=2e-3)
