@@ -238,7 +238,7 @@ def count_steps(
     steps = ceil(ceil(batches / recipe.grad_accum) * recipe.epochs)
     return dict(rows=rows, tokens=tokens, sequences=sequences, steps=steps)
 
-# %% ../nbs/01_qlora_train.ipynb #23b4641c
+# %% ../nbs/01_qlora_train.ipynb #501fe9a9
 SEAL = 'sealed.json'
 
 def make_callbacks(
@@ -277,8 +277,8 @@ def keeper():   # a transformers.TrainerCallback
                 if not math.isfinite(logs.get(key, 0)):
                     raise RuntimeError(
                         f'{key} is {logs[key]} at step {state.global_step}; lower learning_rate '
-                        f'(it is {args.learning_rate}) and begin again with --force; {args.output_dir} '
-                        'keeps the last good checkpoint')
+                        f'(it is {args.learning_rate}) and begin again with --force; '
+                        f'{args.output_dir} keeps the last good checkpoint')
         def on_save(self, args, state, control, **kwargs):
             if args.world_size > 1: torch.distributed.barrier()   # all have written their part
             seconds = time.monotonic() - self.start
@@ -473,7 +473,7 @@ def estimate(
     return counts | dict(left_out=left_out, trainable_parameters=trainable, seconds=round(total, 1),
                          memory_bytes=model.get_memory_footprint() + 12 * trainable)
 
-# %% ../nbs/01_qlora_train.ipynb #340f6e45
+# %% ../nbs/01_qlora_train.ipynb #0fcce1ec
 def checkpoint_fault(
     checkpoint: Path,  # a folder checkpoint-<step>
 ) -> str:              # '' where it is whole
@@ -494,7 +494,7 @@ def _state(checkpoint):
     return json.loads((checkpoint/'trainer_state.json').read_text(encoding='utf-8'))
 
 def _goes_on(checkpoint):
-    "Say whether the trainer can go on from here: after a stop in mid-epoch it takes a step too many."
+    "Say whether the trainer can go on from here: a stop in mid-epoch makes it overshoot."
     state = _state(checkpoint)
     stopped = state['stateful_callbacks']['TrainerControl']['args']['should_training_stop']
     whole = state['global_step'] == state['max_steps'] and state['epoch'] == int(state['epoch'])
@@ -504,7 +504,7 @@ def open_checkpoints(
     folder: Path,        # run/checkpoints; made if absent
     inputs: dict,        # what `stage_inputs` says of the adapter
 ) -> Path | None:        # the newest whole checkpoint; None: begin at the beginning
-    "Find where to go on, and drop what is newer. ValueError: other inputs; RuntimeError: all damaged."
+    "Find where to go on, and drop what is newer. ValueError: other inputs, RuntimeError: damage."
     record = folder/'inputs.json'
     if folder.is_dir() and not record.is_file(): shutil.rmtree(folder)
     if record.is_file():
@@ -518,7 +518,8 @@ def open_checkpoints(
         if not fault and _goes_on(checkpoint): break
         faults[checkpoint] = fault
     else: checkpoint = None
-    damaged = [f'{p} {fault}' for p, fault in faults.items() if fault not in ('', 'is half-written')]
+    damaged = [f'{path} {fault}' for path, fault in faults.items()
+               if fault and fault != 'is half-written']
     if checkpoint is None and damaged:
         raise RuntimeError(f'no checkpoint can be read ({damaged[0]}); --force begins again')
     for path, fault in faults.items():
@@ -527,12 +528,12 @@ def open_checkpoints(
     if checkpoint: print(f'adapter: going on from {checkpoint.name}')
     return checkpoint
 
-# %% ../nbs/01_qlora_train.ipynb #7a0b7a37
+# %% ../nbs/01_qlora_train.ipynb #22dd500e
 def train_on(
     trainer,                    # what `make_trainer` returns
     checkpoint: Path | None,    # what `open_checkpoints` returns
 ) -> tuple[list[dict], dict]:   # the log of the whole training; its metrics, with predicted_seconds
-    "Train, from `checkpoint` on if there is one. RuntimeError where a checkpoint cannot be written."
+    "Train, from `checkpoint` on if there is one. RuntimeError where none can be written."
     folder = Path(trainer.args.output_dir)
     keep = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'Keeper')
     if checkpoint:
@@ -546,8 +547,8 @@ def train_on(
         if not half or rank(): raise
         for path in half: shutil.rmtree(path)
         free = shutil.disk_usage(folder).free
-        raise RuntimeError(f'{half[0]} could not be written ({str(e).splitlines()[0]}); {free:,} bytes '
-                           'are free there now. Make room; the same command goes on from the '
+        raise RuntimeError(f'{half[0]} could not be written ({str(e).splitlines()[0]}); {free:,} '
+                           'bytes are free there now. Make room; the same command goes on from the '
                            'checkpoint before') from e
     log = trainer.state.log_history
     seconds, step, epoch = keep.before + metrics['train_runtime'], log[-1]['step'], log[-1]['epoch']
@@ -565,7 +566,7 @@ def _mean_loss(log):
         last = entry['step']
     return total / last
 
-# %% ../nbs/01_qlora_train.ipynb #e899c99d
+# %% ../nbs/01_qlora_train.ipynb #f0a7f891
 def finetune(
     recipe: Recipe,       # everything under data and train
     run: Path,            # a run whose data stage is done
@@ -612,7 +613,8 @@ def check_names(
         raise ValueError(f'report_to is {recipe.report_to!r}, which is not installed; '
                          f'pip install {recipe.report_to}')
 
-NEED_MORE = ('cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay')   # numbers
+NEED_MORE = (   # schedules with more numbers than a recipe has
+    'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay')
 
 def base_name(
     base: str,  # a recipe's base
