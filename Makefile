@@ -11,7 +11,7 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
-	$(BIN)/pytest -q -rs --durations=10 tests
+	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile tests
 
 check: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
