@@ -25,7 +25,7 @@ lab: $(READY)
 $(READY): settings.ini setup.py .ci/requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "Python 3.11.5 or newer is needed; name one with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	sed -n '/^\(pip\|setuptools\|wheel\)==/,/[^\]$$/p' .ci/requirements.lock >$(VENV)/first.lock
+	sed -n '/^\(packaging\|pip\|setuptools\|wheel\)==/,/[^\]$$/p' .ci/requirements.lock >$(VENV)/first.lock
 	$(BIN)/python -m pip install -q --require-hashes -r $(VENV)/first.lock
 	$(BIN)/pip install -q --require-hashes --no-build-isolation -r .ci/requirements.lock
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
