@@ -625,7 +625,7 @@ def proof_failures(
         found.append(f"only {greedy['equal']} of {greedy['checked']} greedy answers are equal")
     return found
 
-# %% ../nbs/03_ollama_export.ipynb #2ac6519a
+# %% ../nbs/03_ollama_export.ipynb #5dedec23
 def server_url(
     host: str | None = None,  # None: what OLLAMA_HOST says, or 127.0.0.1:11434
 ) -> str:
@@ -655,7 +655,8 @@ def server_version(
 ) -> str | None:              # the server's version, None where nothing answers in time
     "Ask whether an Ollama server is there."
     import httpx
-    try: return httpx.get(server_url(host) + '/api/version', timeout=timeout).json()['version']
+    url = server_url(host)
+    try: return httpx.get(url + '/api/version', timeout=timeout).json()['version']
     except (httpx.HTTPError, ValueError, KeyError): return None
 
 def list_models(
