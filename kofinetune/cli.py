@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'DebugOption', 'RunArgument', 'WHAT', 'MEASURES',
-           'LICENCES', 'parse_setting', 'resolve', 'stage_function', 'run_all', 'summary_rows', 'summary',
+           'LICENCES', 'SECRET', 'parse_setting', 'resolve', 'stage_function', 'run_all', 'summary_rows', 'summary',
            'estimate_command', 'ask', 'verify', 'compare', 'push_files', 'metrics_table', 'card_data', 'how_to_run',
-           'model_card', 'push_run', 'hub_trouble', 'push', 'main']
+           'model_card', 'push_run', 'hub_trouble', 'push', 'without_secrets', 'main']
 
-# %% ../nbs/b_cli.ipynb #38d9c02e
+# %% ../nbs/b_cli.ipynb #22950846
 import json, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Annotated
 
 import typer
 
-from .data import COMMANDS, PRESETS, Recipe, format_prompt, need, rank, read_jsonl, read_manifest, world_size
+from .data import COMMANDS, PRESETS, Recipe, format_prompt, nearest, need, rank, read_jsonl, read_manifest, world_size
 
-# %% ../nbs/b_cli.ipynb #fd97b578
+# %% ../nbs/b_cli.ipynb #e20f2bf5
 def parse_setting(
     text: str,            # 'learning_rate=1e-4'
 ) -> tuple[str, object]:  # the field's name, and the value in the field's type
@@ -26,7 +26,7 @@ def parse_setting(
     name, equals, value = text.partition('=')
     kinds = {f.name: f.type for f in fields(Recipe)}
     if not equals: raise ValueError(f'--set {text!r} has no "="; write --set learning_rate=1e-4')
-    if name not in kinds: raise ValueError(f'a recipe has no field {name!r}; it has {", ".join(kinds)}')
+    if name not in kinds: raise ValueError(f'a recipe has no field {name!r}{nearest(name, kinds)}; it has {", ".join(kinds)}')
     kind = kinds[name]
     if kind is bool and value.lower() in ('true', 'false'): return name, value.lower() == 'true'
     try:
@@ -72,7 +72,7 @@ ForceOption = Annotated[bool, typer.Option('--force', help='Make it again, even 
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]
 RunArgument = Annotated[Path, typer.Argument(metavar='RUN', help='A finished run folder.')]
 
-# %% ../nbs/b_cli.ipynb #35d38db2
+# %% ../nbs/b_cli.ipynb #c036f399
 def _stage_command(name, what):
     "Add the command of one stage."
     def command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
@@ -86,7 +86,9 @@ def _stage_command(name, what):
 def run_all(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
             force: ForceOption = False, debug: DebugOption = False):
     "Every stage in order, skipping the finished ones, and a table at the end."
+    from kofinetune.export import check_name
     chosen, where = resolve(recipe, run, settings)
+    check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')    # now, not after the training
     for number, name in enumerate(COMMANDS.values(), 1):
         typer.echo(f'[{number}/{len(COMMANDS)}] {name}')
         stage_function(name)(chosen, where, force=force)
@@ -340,7 +342,7 @@ def _versions(recipe, record):
             + record['stages']['merged']['result']['merge'] + '.\n\nVersions: '
             + ', '.join(f'{name} {v}' for name, v in record['versions'].items()) + '.')
 
-# %% ../nbs/b_cli.ipynb #92d3bd1d
+# %% ../nbs/b_cli.ipynb #094ec847
 def push_run(
     run: Path,               # a finished run
     repo: str,               # owner/name on the Hub
@@ -350,7 +352,7 @@ def push_run(
     "Send files, card and terms to the Hub in one commit. Raises RuntimeError, with what mends it, where that fails."
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
-    if repo.count('/') != 1: raise ValueError(f'REPO is {repo!r}; it must be owner/name')
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo): raise ValueError(f'REPO is {repo!r}; it must be owner/name')
     texts = {'README.md': model_card(run, what, repo), 'NOTICE': '\n\n'.join(_terms(Recipe.load(run/'recipe.json'))) + '\n'}
     pieces = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
     pieces += [CommitOperationAdd(name, str(path)) for name, path in push_files(run, what).items()]
@@ -392,11 +394,25 @@ def push(run: RunArgument, repo: Annotated[str, typer.Argument(metavar='REPO', h
                          'a model made of them; say that you know with --accept-noncommercial')
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({"public" if public else "private"})')
 
-# %% ../nbs/b_cli.ipynb #88c5b967
+# %% ../nbs/b_cli.ipynb #8245cb93
+SECRET = re.compile('TOKEN|KEY|SECRET|PASSWORD')
+
+def without_secrets(
+    text: str,  # a message, perhaps with what a server said
+) -> str:       # with the name of a variable in the place of its value
+    "Take tokens and keys of the environment out of `text`."
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8: text = text.replace(value, f'${name}')
+    return text
+
 def main():
     "Run the command; the console script's entry."
     for name, value in dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false',
                             BITSANDBYTES_NOWELCOME='1').items(): os.environ.setdefault(name, value)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        if not (value := os.environ.get(name, '0')).isdecimal():
+            print(f'kofinetune: {name} is {value!r}; a launcher sets it to a number; without one, unset it', file=sys.stderr)
+            raise SystemExit(2)
     if '--debug' in sys.argv: return app(prog_name='kofinetune')
     warnings.filterwarnings('ignore', category=FutureWarning)   # renamings inside peft and TRL
     try: app(prog_name='kofinetune')
@@ -407,6 +423,7 @@ def main():
 def _fail(message, code):
     "Print one line and exit. Of several processes, the first speaks for all where the request was wrong."
     who = f'process {rank()} of {world_size()}: ' if world_size() > 1 else ''
+    message = without_secrets(str(message))
     if code == 1 or not rank(): print(f'kofinetune: {who}' + ' '.join(str(message).split()), file=sys.stderr)
     raise SystemExit(code)
 

@@ -8,18 +8,18 @@ __all__ = ['NOUN', 'PARTICLE', 'NOT_NOUNS', 'REPORT_SCHEMA', 'JUDGE_PROMPT', 'VE
            'plot_kinds', 'list_failures', 'stop_rate', 'hangul_share', 'distinct', 'repetition', 'switches',
            'known_nouns', 'check_particles', 'speech_level', 'chrf', 'describe_answers', 'outcome', 'side_by_side',
            'evaluate', 'plot_models', 'headline', 'report_page', 'examples_page', 'draw_pairs', 'write_sheet',
-           'read_sheet', 'count_wins', 'measure_agreement', 'ask_judge', 'judge_pairs', 'measure_judge', 'plant_pairs',
-           'weigh_judge', 'load_tasks', 'choice_task', 'run_tasks', 'benchmark', 'read_run', 'shared_rows',
-           'compare_runs', 'comparison_table', 'plot_runs']
+           'read_sheet', 'count_wins', 'measure_agreement', 'judge_key', 'ask_judge', 'judge_pairs', 'measure_judge',
+           'plant_pairs', 'weigh_judge', 'load_tasks', 'choice_task', 'run_tasks', 'benchmark', 'read_run',
+           'shared_rows', 'compare_runs', 'comparison_table', 'plot_runs']
 
-# %% ../nbs/04_eval.ipynb #0a291cdb
+# %% ../nbs/04_eval.ipynb #fe1c3a1d
 import json, math, random, re
 from collections import Counter
 from pathlib import Path
 
 from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need, read_jsonl,
                              speech_levels, stage, write_json, write_jsonl)
-from .export import load_gguf
+from .export import is_loopback, load_gguf
 from .rehearsal import PAIRS, Word
 from .train import encode, load_base, load_tokenizer, load_tuned, pick_device, plot_loss
 
@@ -631,7 +631,7 @@ def measure_agreement(
     luck = sum(one[c] * two[c] for c in one) / len(both) ** 2
     return dict(pairs=len(both), same=same, kappa=None if luck == 1 else (same - luck) / (1 - luck))
 
-# %% ../nbs/04_eval.ipynb #34b05089
+# %% ../nbs/04_eval.ipynb #f19bdb3b
 JUDGE_PROMPT = '''Two assistants answered the same question from a Korean user. Which answer is better?
 Judge whether it is right first, then whether it is complete, then whether the Korean is natural. Length and order do not matter.
 
@@ -647,6 +647,18 @@ Judge whether it is right first, then whether it is complete, then whether the K
 Reply with one word and nothing else: A, B or TIE.'''
 VERDICT = re.compile(r'\W*(a|b|tie)\W*', re.I)
 
+def judge_key(
+    base_url: str,  # of the judge's server
+) -> str | None:    # what OPENAI_API_KEY holds
+    "Read the key of a judge from the environment, for no other way than https or this machine."
+    import httpx
+    key, url = os.environ.get('OPENAI_API_KEY'), httpx.URL(base_url)
+    if key and not re.fullmatch('[!-~]+', key):
+        raise ValueError('OPENAI_API_KEY has a space, a line end or a letter that no header can carry; set it again')
+    if key and url.scheme != 'https' and not is_loopback(url.host):
+        raise ValueError(f'{base_url} is not https, and OPENAI_API_KEY would be sent in the open; unset the key, or use https')
+    return key
+
 def ask_judge(
     question: str, a: str, b: str,
     model: str,                     # as the server calls it
@@ -656,7 +668,7 @@ def ask_judge(
 ) -> tuple[str | None, str]:        # 'A', 'B', 'tie' or None, and what failed ('' when nothing did)
     "Ask an OpenAI-compatible server once which of two answers is better, at temperature 0."
     import httpx
-    key = os.environ.get('OPENAI_API_KEY')
+    key = judge_key(base_url)
     said = dict(role='user', content=JUDGE_PROMPT.format(question=question, a=a, b=b))
     try:
         response = httpx.post(f'{base_url.rstrip("/")}/chat/completions', timeout=timeout,

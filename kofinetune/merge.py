@@ -7,27 +7,30 @@ __all__ = ['TOKENIZER_FILES', 'MEASURED', 'merge_into', 'through_nf4', 'answer_s
            'compare_models', 'choose_way', 'older_rope_keys', 'copy_tokenizer', 'check_saved', 'check_adapter',
            'merge_adapter', 'merge_ways']
 
-# %% ../nbs/02_merge.ipynb #1f55f0e4
+# %% ../nbs/02_merge.ipynb #f4b63161
 import ctypes, gc, json, platform, shutil
 from pathlib import Path
 
 from .data import Recipe, file_hashes, need, read_jsonl, read_manifest, stage, stage_fields, write_json
 from .rehearsal import base_path
-from .train import encode, load_base, load_tuned
+from .train import encode, load_base, load_tuned, refuse_pickles
 
-# %% ../nbs/02_merge.ipynb #73eba9a1
+# %% ../nbs/02_merge.ipynb #1ba10566
 def merge_into(
     base,           # a model with ordinary weights (not 4-bit), in float32; it is changed
     adapter: Path,  # a folder that `finetune` wrote
 ):                  # the same model with the adapter added to its weights
     "Add the adapter's product to the weights of `base`. Raises ValueError for the adapter of another base."
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
+    refuse_pickles(Path(adapter), f'{adapter}')
     for file in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (Path(adapter)/file).is_file():
             raise FileNotFoundError(f'{Path(adapter)/file} is missing; train again with: kofinetune train --force')
     try: model = PeftModel.from_pretrained(base, adapter)
-    except (RuntimeError, ValueError) as e: raise ValueError(_misfit(adapter, str(e))) from None
+    except SafetensorError as e: raise ValueError(f'{adapter}/adapter_model.safetensors is cut short or damaged ({e}); '
+                                                  'train again with: kofinetune train --force') from None
+    except (RuntimeError, ValueError, KeyError) as e: raise ValueError(_misfit(adapter, str(e))) from None
     with safe_open(Path(adapter)/'adapter_model.safetensors', 'pt') as f: held = set(f.keys())
     taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for key in sorted(held ^ taken):
@@ -235,7 +238,7 @@ def merge_ways(
     if recipe.adapter == 'none': return ('copy',)
     return ('16-bit', 'nf4') if 'nf4' in (recipe.quant, recipe.merge) else ('16-bit',)
 
-# %% ../nbs/02_merge.ipynb #0b8c2db8
+# %% ../nbs/02_merge.ipynb #37c084a5
 MEASURED = 250   # rows that the ways are compared on, at most
 
 def _measured_rows(run):
@@ -274,4 +277,4 @@ def _let_go():
 def _saved_dtype(recipe):
     "The type in which the base's own weights are stored."
     from transformers import AutoConfig
-    return AutoConfig.from_pretrained(base_path(recipe.base), revision=recipe.revision or 'main').dtype
+    return AutoConfig.from_pretrained(base_path(recipe.base), revision=recipe.revision or 'main', trust_remote_code=False).dtype
