@@ -26,7 +26,7 @@ def site(tmp_path_factory):
     "The folder of a freshly built site."
     out = tmp_path_factory.mktemp('site')/'_site'
     started = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT/'docs'/'build.py', out], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT/'docs'/'build.py', out, out.parent/'cache'], capture_output=True, text=True)
     print(f'built in {time.monotonic() - started:.0f} s')
     assert done.returncode == 0, done.stderr[-4000:]
     return out
