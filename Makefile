@@ -11,7 +11,7 @@ run: $(READY)
 
 test: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
-	$(BIN)/pytest -q -rs --durations=10 tests
+	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile tests
 
 check: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
@@ -28,8 +28,9 @@ po: $(VENV)/.docs-ready
 	$(BIN)/sphinx-build -q -W --keep-going -b gettext -c docs nbs build/gettext
 	$(BIN)/sphinx-intl update -p build/gettext -d docs/locale -l ko -w 0 --no-obsolete
 
+# No news pop-up (.jupyter), and this environment's kernel before any other of the same name.
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir nbs
+	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
 
 $(READY): settings.ini setup.py .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11")'

@@ -1,0 +1,46 @@
+"""Merge a LoRA adapter that was trained elsewhere (TRL, peft, ...), write it as GGUF, and prove the file.
+
+The base must be a Gemma 3 text model and the adapter a folder of peft. The rows say on what to compare the file with the model.
+
+    python examples/export_any_adapter.py path/to/adapter rows.jsonl exported
+    python examples/export_any_adapter.py path/to/adapter rows.jsonl exported --base google/gemma-3-270m
+
+Where Ollama runs, the model is then registered with: ollama create my-model -f exported/Modelfile
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from kofinetune.data import Recipe, format_prompt, read_rows
+from kofinetune.export import (check_gguf, modelfile, own_rounding, proof_failures, reference_answers, verify_gguf,
+                               write_gguf)
+from kofinetune.merge import copy_tokenizer, merge_into
+from kofinetune.train import load_base
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('adapter', type=Path)
+parser.add_argument('rows', type=Path)
+parser.add_argument('out', type=Path)
+parser.add_argument('--base', help='default: what adapter_config.json names')
+parser.add_argument('--style', default='alpaca', help='how its training prompts were written: alpaca or blog')
+args = parser.parse_args()
+
+named = json.loads((args.adapter/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
+recipe = Recipe.named('rehearsal').replace(base=args.base or named)
+merged, file = args.out/'merged', args.out/'model-q8_0.gguf'
+model, tok = load_base(recipe, quant='none', dtype=torch.float32)
+merge_into(model, args.adapter).bfloat16().save_pretrained(merged)
+copy_tokenizer(recipe, merged)
+write_gguf(merged, file, 'q8_0')
+(args.out/'Modelfile').write_text(modelfile(file.name, args.style), encoding='utf-8', newline='\n')
+
+prompts = [format_prompt(row, args.style) for row in read_rows(args.rows)[:100]]
+reference = reference_answers(merged, prompts)
+proof = verify_gguf(merged, file, prompts, reference=reference)
+wrong = check_gguf(merged, file, 'q8_0')['different']
+wrong += proof_failures(proof, 'q8_0', own_rounding(merged, prompts, reference, 'q8_0'))
+if wrong: raise SystemExit(f'{file} is not the merged model: {"; ".join(wrong)}')
+print(f'{file}: {file.stat().st_size / 1e6:.1f} MB; {proof["tokens"]["checked"]} prompts with the same tokens, '
+      f'{proof["greedy"]["equal"]} of {proof["greedy"]["checked"]} answers equal to the letter')
