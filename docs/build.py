@@ -1,8 +1,10 @@
-"""Build the site in both languages: `python docs/build.py [folder]`, _site when no folder is named. Any warning fails.
+"""Build the site in both languages: `python docs/build.py [folder [cache]]`, _site when no folder is named. Any warning fails.
+A second folder names the cache, build/site when there is none.
 
 English stands in the folder itself and Korean in ko/ below it. Each language is a process of its own.
 """
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(out, cache):
-    "Run Sphinx for each language at once, and stop where one fails."
+    "Run Sphinx for each language at once, stop where one fails, and put both together."
     command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', '-c', ROOT/'docs']
-    sphinx = {'en': subprocess.Popen([*command, '-d', cache/'en', ROOT/'nbs', out]),
-              'ko': subprocess.Popen([*command, '-t', 'ko', '-d', cache/'ko', ROOT/'nbs', out/'ko'])}
+    sphinx = {language: subprocess.Popen([*command, *tag, '-d', cache/language/'doctrees', ROOT/'nbs', cache/language/'html'])
+              for language, tag in (('en', []), ('ko', ['-t', 'ko']))}
     failed = [language for language, process in sphinx.items() if process.wait()]
     if failed: sys.exit(f'the site was not built: {", ".join(failed)}')
+    shutil.rmtree(out, ignore_errors=True)
+    for language, folder in (('en', out), ('ko', out/'ko')):
+        shutil.copytree(cache/language/'html', folder, ignore=shutil.ignore_patterns('.buildinfo', '_sources'))
 
 
 def write_sitemap(out, site):
@@ -56,7 +61,7 @@ def draw_card(path, title, lead, report):
 if __name__ == '__main__':
     sys.path.insert(0, str(ROOT/'docs'))
     from settings import settings, site
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/'_site').resolve()
-    build(out, ROOT/'build'/'doctrees')
+    out, cache = [Path(p).resolve() for p in [*sys.argv[1:], *(ROOT/'_site', ROOT/'build'/'site')[len(sys.argv) - 1:]]]
+    build(out, cache)
     write_sitemap(out, site)
     draw_card(out/'_static'/'card.png', settings['lib_name'], settings['description'].replace(', serve', ',\nserve'), ROOT/'docs'/'rehearsal-report.json')

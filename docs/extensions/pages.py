@@ -49,7 +49,7 @@ def write_files(app, exception):
             after = (json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n').encode()
             (out/'notebooks'/path.name).write_bytes(before if language == 'en' else after)
             text = notebook_markdown(notebook)
-        else: text = plain_markdown(path.read_text(encoding='utf-8'), catalogue(language, docname))
+        else: text = plain_markdown(path.read_text(encoding='utf-8'), docname, catalogue(language, docname))
         write(out/f'{docname}.md', text)
     write(out/'llms.txt', llms_txt(app))
     if language == 'ko': mend_plural(out/'_static'/'translations.js')

@@ -87,7 +87,7 @@ def entry(name, symbol, module, kind='function'):
 def api_page(name, notebook):
     "The reference of one module."
     module = f'{PACKAGE}.{name}'
-    head = f'# `{module}`\n\n{{.lead}}\n{inspect.getdoc(importlib.import_module(module))}\n\nEach function is explained, with examples, in [its notebook](../{notebook}.ipynb).\n'
+    head = f'# `{module}`\n\n{{.lead}}\n{inspect.getdoc(importlib.import_module(module))}\n\nEach function is explained, with examples, in [its notebook](project:/{notebook}.ipynb).\n'
     return '\n'.join([head, *(entry(symbol, o, module) for symbol, o in symbols(name).items())])
 
 
@@ -101,7 +101,7 @@ def symptoms_page(folder, language):
         if not found: continue
         messages = catalogue(language, path.stem)
         page.append(f'## [{messages.get(title, title)}]({path.name}#what-could-go-wrong)\n\n{translate(found[1].strip(), messages)}\n')
-    return '\n'.join(page)
+    return re.sub(r'\]\((\w+\.ipynb)', r'](project:/\1', '\n'.join(page))   # this page is not in the notebooks' folder
 
 
 def write_pages(app):
@@ -127,12 +127,12 @@ def add_pages(app, env, docnames):
         if name not in docnames: docnames.append(name)
 
 
-def plain_markdown(text, messages):
+def plain_markdown(text, docname, messages):
     "A generated page as Markdown without directives, translated."
     text = re.sub(r'^:::+\{py:\w+\} (.+)\n:module: .+$', r'### `\1`', text, flags=re.M)
     text = re.sub(r'^:::+\n|^\{\.lead\}\n', '', text, flags=re.M)
     text = re.sub(r'^```\{toctree\}\n(.*?)\n```', lambda toc: re.sub(r'^(\w+)$', rf'- [{PACKAGE}.\1](\1.md)', toc[1], flags=re.M), text, flags=re.M | re.S)
-    return re.sub(r'(\w)\.ipynb', r'\1.md', translate(text, messages))
+    return re.sub(r'project:/(\w+)\.ipynb', '../' * docname.count('/') + r'\1.md', translate(text, messages))
 
 
 class Shown(Directive):
