@@ -118,7 +118,9 @@ def sorted_out(texts):
     return tuple(kept)
 
 
-texts = st.lists(text, min_size=1, max_size=6)
+printed = st.lists(st.sampled_from(['"', '"""', '"""\n', '"""\nFROM y', '\n', ' ', '\t', '가', 'a', '{{', '\\', '\nPARAMETER stop x', '#', "'", '🙂']),
+                   max_size=8).map(''.join)
+texts = st.lists(st.one_of(printed, printed, text), min_size=1, max_size=6)
 
 
 @bounded(300)
