@@ -25,6 +25,8 @@ text = st.lists(st.one_of(st.sampled_from(NASTY), st.text(max_size=6)), max_size
 filled = text.filter(lambda t: t.strip())
 rows = st.lists(st.fixed_dictionaries(dict(instruction=filled, input=text, output=text)), min_size=1, max_size=5)
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | text, lambda v: st.lists(v, max_size=3) | st.dictionaries(text, v, max_size=3), max_leaves=6)
+held = st.one_of(filled, filled, values, st.sampled_from(['\ud83d', '가\udc00']))    # with halves of characters
+rowlike = st.fixed_dictionaries(dict(instruction=held, output=held), optional=dict(input=held, kind=held, url=held))
 
 
 # --- the row reader
@@ -39,7 +41,8 @@ def test_rows_are_read_as_they_were_written(rows, tmp_path):
 
 @bounded(300)
 @given(data=st.one_of(st.binary(max_size=60), text.map(str.encode), values.map(lambda v: json.dumps(v).encode()),
-                      st.lists(values, max_size=4).map(lambda vs: '\n'.join(map(json.dumps, vs)).encode()),
+                      st.lists(rowlike, max_size=4).map(lambda vs: json.dumps(vs).encode()),
+                      st.lists(rowlike | values, max_size=4).map(lambda vs: '\n'.join(map(json.dumps, vs)).encode()),
                       st.lists(text, max_size=4).map(lambda ts: ('instruction,output\n' + ','.join(ts)).encode())),
        kind=st.sampled_from(['json', 'jsonl', 'csv']))
 def test_any_bytes_are_rows_or_a_reason(data, kind, tmp_path):
@@ -118,7 +121,9 @@ def sorted_out(texts):
     return tuple(kept)
 
 
-texts = st.lists(text, min_size=1, max_size=6)
+printed = st.lists(st.sampled_from(['"', '"""', '"""\n', '"""\nFROM y', '\n', ' ', '\t', '가', 'a', '{{', '\\', '\nPARAMETER stop x', '#', "'", '🙂']),
+                   max_size=8).map(''.join)
+texts = st.lists(st.one_of(printed, printed, text), min_size=1, max_size=6)
 
 
 @bounded(300)

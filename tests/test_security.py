@@ -209,3 +209,43 @@ def test_no_finding_is_silenced_without_a_reason():
     for path in CODE:
         for line in path.read_text(encoding='utf-8').splitlines():
             assert 'noqa' not in line and 'nosec' not in line, f'{path}: {line}'
+
+
+class Holes(BaseHTTPRequestHandler):
+    "A service that knows the holes of the packages in `server.holes`; None: one that cannot be asked."
+    protocol_version = 'HTTP/1.1'
+    def log_message(self, *args): pass
+    def do_POST(self):
+        asked, holes = json.loads(self.rfile.read(int(self.headers['Content-Length'])))['package']['name'], self.server.holes
+        hole = dict(id=f'HOLE-{asked}', summary='x', affected=[dict(package=dict(name=asked, ecosystem='PyPI'),
+                    ranges=[dict(type='ECOSYSTEM', events=[dict(introduced='0'), dict(fixed='99')])])])
+        body = json.dumps(dict(vulns=[hole]) if asked in (holes or ()) else {}).encode()
+        self.send_response(404 if holes is None else 200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+AUDITS = {'nobody to ask': (None, {}, 0, 'COULD NOT ASK'), 'nobody to ask, where asking is a must': (None, dict(AUDIT_REQUIRED='1'), 1, 'COULD NOT ASK'),
+          'a service that knows nothing': (set(), {}, 0, 'COULD NOT ASK'), 'no hole': ({'jinja2'}, {}, 0, 'no known hole in a package of the lock'),
+          'a hole': ({'jinja2', 'six'}, {}, 1, 'HOLE-six')}
+
+
+@pytest.mark.parametrize('name', AUDITS)
+def test_the_audit_fails_on_a_hole_and_says_when_it_could_not_ask(name, tmp_path):
+    "The real pip-audit, asking a service on this machine about a lock of two packages."
+    import shutil
+    holes, env, code, says = AUDITS[name]
+    shutil.copytree(ROOT/'.ci', tmp_path/'.ci')
+    for folder in ('kofinetune', 'nbs', 'tests', 'benchmarks', 'docs'): (tmp_path/folder).mkdir()
+    (tmp_path/'setup.py').write_text('')
+    (tmp_path/'.ci'/'requirements.lock').write_text('six==1.17.0\nidna==3.20\n')
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Holes)
+    server.daemon_threads, server.holes = True, holes
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | dict(PIP_AUDIT_VULNERABILITY_SERVICE='osv', PIP_AUDIT_OSV_URL=f'http://127.0.0.1:{server.server_port}', NO_PROXY='127.0.0.1',
+                            PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}') | env
+    seen = subprocess.run(['bash', '.ci/audit'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert seen.returncode == code and says in seen.stdout + seen.stderr, seen.stdout + seen.stderr
