@@ -5,16 +5,19 @@
 Needs a running Ollama of this machine, 3 GB of memory and about five minutes on two cores. Sizes, types and speeds do not depend
 on what a model has learned; answers would, so none are judged. Log-probabilities are compared twice: as the weights are, with
 every next token about equally likely, and with the last norm raised until the model is as sure as a trained one. Speeds are those
-of one thread: with more, whatever else runs on the machine makes the threads wait for each other.
+of one thread: with more, whatever else runs on the machine makes the threads wait for each other. An Ollama that Go alone has
+compiled uses no vector instructions of the processor, so speeds are taken on llama.cpp as well.
 The last line printed is the JSON that is written.
 """
 import argparse, json, os, platform, shutil, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ['TQDM_DISABLE'] = '1'   # read when tqdm is imported: a log is no terminal
+
 from kofinetune.data import format_prompt, load_rows
 from kofinetune.export import (check_gguf, create_model, fallen_back, modelfile, own_rounding, proof_failures, reference_answers,
-                               served_file, server_version, verify_gguf, write_gguf)
+                               serve_gguf, served_file, server_version, verify_gguf, write_gguf)
 from kofinetune.rehearsal import stand_in_base
 
 SHAPE = dict(vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
@@ -75,12 +78,20 @@ def speed(models, words, repeats):
     return best
 
 
+def engine_speed(paths, words, repeats):
+    "The same on llama.cpp, which picks the processor's vector instructions when it starts."
+    best = {dtype: dict(prompt=0, answer=0) for dtype in paths}
+    for seed in range(repeats):
+        for dtype, path in paths.items():
+            with serve_gguf(path, threads=1) as server:
+                said = server.post('/completion', json=dict(prompt=f'{seed} {words}', n_predict=64, ignore_eos=True)).json()['timings']
+            seen = dict(prompt=said['prompt_per_second'], answer=said['predicted_per_second'])
+            best[dtype] = {part: max(best[dtype][part], round(seen[part], 1)) for part in seen}
+    return best
+
+
 def main():
     import ollama
-    import tqdm.auto
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    tqdm.auto.tqdm = lambda *args, **kwargs: tqdm.std.tqdm(*args, disable=True, **kwargs)   # a log is no terminal
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--prompts', type=int, default=100)
     parser.add_argument('--repeats', type=int, default=3)
@@ -113,11 +124,15 @@ def main():
             path = served_file(names[dtype])
             ladder[dtype] |= dict(bytes=path.stat().st_size, fell_back=fallen_back(path, dtype))
             print(dtype, ladder[dtype])
-        speeds = speed(names, ' '.join(row['instruction'] for row in rows[:12]), args.repeats)
-        for dtype, seen in speeds.items():
-            ladder[dtype] |= dict(tokens_per_second=seen, bytes_ratio=round(ladder[dtype]['bytes'] / ladder['bf16']['bytes'], 3),
-                                  speed_ratio={part: round(seen[part] / speeds['bf16'][part], 2) for part in seen})
-            print(dtype, ladder[dtype]['tokens_per_second'], ladder[dtype]['speed_ratio'])
+        words = ' '.join(row['instruction'] for row in rows[:12])
+        speeds = dict(ollama=speed(names, words, args.repeats),
+                      llama_cpp=engine_speed({dtype: served_file(name) for dtype, name in names.items()}, words, args.repeats))
+        for dtype, rung in ladder.items():
+            rung['bytes_ratio'] = round(rung['bytes'] / ladder['bf16']['bytes'], 3)
+            rung['tokens_per_second'] = {engine: seen[dtype] for engine, seen in speeds.items()}
+            rung['speed_ratio'] = {engine: {part: round(seen[dtype][part] / seen['bf16'][part], 2) for part in seen[dtype]}
+                                   for engine, seen in speeds.items()}
+            print(dtype, rung['tokens_per_second'], rung['speed_ratio'])
         numbers = dict(as_made=compare(folder/'model', files, prompts))
         print(numbers)
         make_sure(folder/'model', numbers['as_made']['spread'])

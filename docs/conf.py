@@ -1,46 +1,54 @@
-"The site: Sphinx reads the notebooks in nbs/ as they are. Build it with `make docs`."
-import json
-import re
-from configparser import ConfigParser
+"""The site: Sphinx reads the notebooks in nbs/ as they are. Build it in both languages with `make docs`.
+
+extensions/notebooks.py   nbdev's conventions become MyST's
+extensions/reference.py   API pages from the exported symbols, the index of symptoms, links from back-ticked names
+extensions/messages.py    which texts are translated, and the translation of a whole notebook
+extensions/search.py      a search index that finds Korean inside words
+extensions/pages.py       what stands around a page: switch of language, buttons, notebooks, Markdown copies, llms.txt
+"""
+import sys
 from pathlib import Path
 
-root = Path(__file__).resolve().parent.parent
-ini = ConfigParser(delimiters=['='])
-ini.read(root/'settings.ini', encoding='utf-8')
-settings = ini['DEFAULT']
+docs = Path(__file__).resolve().parent
+root = docs.parent
+sys.path[:0] = [str(docs), str(root)]
+from settings import settings, site                 # noqa: E402
+from extensions.reference import linkcode_resolve   # noqa: E402, F401  sphinx.ext.linkcode looks for it here
 
 project, author, release = settings['lib_name'], settings['author'], settings['version']
-extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design']
+copyright = settings['copyright']
+extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages',
+              'sphinxext.opengraph', 'notfound.extension', 'extensions.notebooks', 'extensions.reference',
+              'extensions.messages', 'extensions.search', 'extensions.pages']
 exclude_patterns = ['.ipynb_checkpoints', '_*']
-html_theme = 'sphinx_book_theme'
-html_title = project
-html_theme_options = {'repository_url': settings['git_url'], 'repository_branch': settings['branch'],
-                      'path_to_docs': settings['nbs_path'], 'use_repository_button': True, 'show_toc_level': 2}
-nb_execution_mode = 'off'          # the outputs are stored in the notebooks
-myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath']
+source_suffix = {'.ipynb': 'myst-nb', '.md': 'myst-nb'}
+nb_execution_mode = 'off'                # the outputs are stored in the notebooks
+nb_render_markdown_format = 'gfm'        # tables in outputs too
+myst_enable_extensions = ['colon_fence', 'attrs_block']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
+add_module_names = False
 
+language = 'ko' if tags.has('ko') else 'en'   # noqa: F821  Sphinx gives `tags`
+locale_dirs = [str(docs/'locale')]
+gettext_compact = False                  # one catalogue a page
+gettext_location = False                 # no line numbers, so that a diff shows what changed
+templates_path = [str(docs/'templates')]
 
-def prepare(app, docname, source):
-    "Turn nbdev's conventions into MyST's: front matter into a title, directives into nothing."
-    if not str(app.env.doc2path(docname)).endswith('.ipynb'): return
-    notebook = json.loads(source[0])
-    cells = []
-    for cell in notebook['cells']:
-        text = ''.join(cell['source'])
-        if re.search(r'^#\|\s*(hide|default_exp)\b', text, re.M): continue
-        if cell['cell_type'] == 'code': text = re.sub(r'^#\|.*\n?', '', text, flags=re.M)
-        elif not cells: text = re.sub(r'^> (.+)$', r'*\1*', text, flags=re.M)
-        cells.append(cell | {'source': text.strip('\n')})
-    if docname == 'index': cells.append({'cell_type': 'markdown', 'metadata': {}, 'source': contents(), 'id': 'contents'})
-    source[0] = json.dumps(notebook | {'cells': cells})
-
-
-def contents():
-    "The pages in their order, from the names of the notebooks."
-    names = sorted(p.stem for p in (root/settings['nbs_path']).glob('[0-9a-z]*_*.ipynb'))
-    return '```{toctree}\n:hidden:\n\n' + '\n'.join(names) + '\n```'
-
-
-def setup(app): app.connect('source-read', prepare)
+html_baseurl = site + ('ko/' if language == 'ko' else '')
+html_theme = 'sphinx_book_theme'
+html_title = project
+html_static_path = [str(docs/'static')]
+html_css_files = ['site.css']
+html_copy_source = False                 # each page's notebook and Markdown copy are written by extensions/pages.py
+html_theme_options = {
+    'repository_url': settings['git_url'], 'use_repository_button': True, 'use_download_button': False,
+    'use_fullscreen_button': False, 'show_toc_level': 2, 'home_page_in_toc': True,
+    'article_header_end': ['language.html', 'article-header-buttons.html'],
+    'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark'}
+ogp_site_url, ogp_site_name, ogp_image = html_baseurl, project, f'{site}_static/card.png'
+ogp_social_cards, ogp_enable_meta_description = {'enable': False}, True
+notfound_urls_prefix = settings['doc_baseurl'] + '/'
+notfound_template = '404.html'

@@ -27,20 +27,20 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../nbs/00_data.ipynb #c662cc9e
+# %% ../nbs/00_data.ipynb #b009fdef
 INSTRUCTION_HEAD = '### Instruction:\n'
 INPUT_HEAD = '### Input:\n'
 RESPONSE_HEAD = '### Response:\n'
 SECTION_GAP = '\n\n'
 STYLES = ('alpaca', 'blog')
 
-# %% ../nbs/00_data.ipynb #e90162c0
 def format_prompt(
     row: dict,              # instruction and input
-    style: str = 'alpaca',  # 'blog' always writes the Input section, 'alpaca' leaves it out when it is empty
+    style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': not where it is empty
 ) -> str:                   # what the model sees; the answer starts right behind it
     "Write `row` as the text that the model has to continue."
-    if style not in STYLES: raise ValueError(f'style is {style!r}; it is one of {", ".join(STYLES)}')
+    if style not in STYLES:
+        raise ValueError(f'style is {style!r}; it is one of {", ".join(STYLES)}')
     text = INSTRUCTION_HEAD + row['instruction'] + SECTION_GAP
     if style == 'blog' or row.get('input'): text += INPUT_HEAD + row.get('input', '') + SECTION_GAP
     return text + RESPONSE_HEAD
@@ -52,7 +52,7 @@ def format_answer(
     "Take the answer out of `row`."
     return row['output']
 
-# %% ../nbs/00_data.ipynb #1a3a2211
+# %% ../nbs/00_data.ipynb #df62ddba
 FIELDS = ('instruction', 'input', 'output', 'kind')
 SURROGATE = re.compile('[\ud800-\udfff]')
 ODD = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]')
@@ -68,16 +68,19 @@ def text_fault(
         return [(name, kind, f': {name!r} is {value!r:.60}; it must be text in quotes')]
     found = SURROGATE.search(value)
     if not found: return []
-    return [(name, 'lone surrogate', f': {name!r} has half a character, U+{ord(found[0]):04X}, as character '
-                                     f'{found.start() + 1}; take it out')]
+    text = (f': {name!r} has half a character, U+{ord(found[0]):04X}, as character '
+            f'{found.start() + 1}; take it out')
+    return [(name, 'lone surrogate', text)]
 
 def row_faults(
     row,               # anything that a file may hold
 ) -> list[tuple]:      # (field, kind, what is wrong); empty when the row can be used
     "List why `row` cannot be used."
     if not isinstance(row, dict):
-        return [('', 'not an object', f' is {type(row).__name__}, not an object with instruction and output')]
-    faults = [(name, 'twice', f' has {name!r} twice; keep one') for name in getattr(row, 'twice', ())]
+        text = f' is {type(row).__name__}, not an object with instruction and output'
+        return [('', 'not an object', text)]
+    faults = [(name, 'twice', f' has {name!r} twice; keep one')
+              for name in getattr(row, 'twice', ())]
     held = ', '.join(map(str, row)) or 'nothing'
     faults += [(name, 'missing', f' has no {name!r} (it has {held:.80}); add it, or drop the row')
                for name in ('instruction', 'output') if name not in row]
@@ -86,12 +89,11 @@ def row_faults(
         faults.append(('instruction', 'empty', ': the instruction is empty'))
     return faults
 
-# %% ../nbs/00_data.ipynb #e1d3d4f5
 def check_row(
     row,              # anything that a file may hold
     where: str,       # where it stood, for the message: 'my.jsonl row 3'
 ) -> dict:            # the row with instruction, input, output and, when present, kind
-    "Check that `row` has the three texts, mapping a missing `input` to an empty one. ValueError names its first fault."
+    "Check that `row` has its texts; a missing `input` is empty. ValueError names its first fault."
     for _, _, fault in row_faults(row): raise ValueError(where + fault)
     return _fields(row)
 
@@ -99,7 +101,7 @@ def _fields(row):
     row = {'input': ''} | row
     return {name: row[name] for name in FIELDS if name in row}
 
-# %% ../nbs/00_data.ipynb #ff51747f
+# %% ../nbs/00_data.ipynb #c2ae242a
 LONG = 100_000   # characters
 
 def row_notes(
@@ -110,18 +112,20 @@ def row_notes(
     notes += [(str(name), 'is no field of a row, left out') for name in row if name not in FIELDS]
     for name in (name for name in FIELDS if name in row):
         if len(row[name]) > LONG: notes.append((name, f'is longer than {LONG:,} characters'))
-        if not unicodedata.is_normalized('NFC', row[name]): notes.append((name, 'is not NFC (letters in pieces)'))
+        if not unicodedata.is_normalized('NFC', row[name]):
+            notes.append((name, 'is not NFC (letters in pieces)'))
         for c in sorted(set(ODD.findall(row[name]))):
             what = 'the trace of a wrong decoding' if c == '\ufffd' else 'a control character'
             notes.append((name, f'has U+{ord(c):04X}, {what}'))
     return notes
 
-# %% ../nbs/00_data.ipynb #b5663a71
+# %% ../nbs/00_data.ipynb #9327188a
 class _Row(dict): twice = ()   # a row that remembers which keys it had twice
 
 def _pairs(pairs):
     row = _Row(pairs)
-    if len(row) < len(pairs): row.twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+    if len(row) < len(pairs):
+        row.twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
     return row
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
@@ -130,19 +134,20 @@ _SPACE = re.compile(r'[ \t\n\r]*')
 def _decode(text, start=0):
     "Decode one JSON value: (value, end, None), or (None, start, a fault)."
     try: return *_DECODER.raw_decode(text, _SPACE.match(text, start).end()), None
-    except json.JSONDecodeError as e: why = f'{e.msg.removesuffix(" at")} at line {e.lineno} column {e.colno}'
+    except json.JSONDecodeError as e:
+        why = f'{e.msg.removesuffix(" at")} at line {e.lineno} column {e.colno}'
     except (ValueError, RecursionError) as e: why = f'{e!s:.60}'
     return None, start, ('', 'not JSON', f' is not JSON: {why}')
 
 def _not_utf8(error, path):
     "Make a fault of a decoding error, with the command that mends it."
     coding = 'utf-16' if error.object[:2] in (b'\xff\xfe', b'\xfe\xff') else 'cp949'
-    return ('', 'not UTF-8', f' is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); '
+    byte = f'byte {error.start} is {error.object[error.start]:#04x}'
+    return ('', 'not UTF-8', f' is not UTF-8 ({byte}); '
                              f'mend it with: iconv -f {coding} -t utf-8 {path.name}')
 
-# %% ../nbs/00_data.ipynb #f0fc65ae
 def _array_items(path):
-    "Yield (where, value, fault) for each element of a JSON array, up to the first that cannot be read."
+    "Yield (where, value, fault) for each element of a JSON array, up to one that cannot be read."
     text = _whole_text(path)
     array, end, fault = _decode(text)
     if not (text.strip() and (fault or isinstance(array, list))):
@@ -153,7 +158,8 @@ def _array_items(path):
     if not fault:
         yield from ((f'row {i}', value, None) for i, value in enumerate(array))
         rest = text[end:].strip()
-        if rest: yield f'row {len(array)}', None, ('', 'not JSON', f' stands behind the end of the array: {rest!r:.40}')
+        fault = ('', 'not JSON', f' stands behind the end of the array: {rest!r:.40}')
+        if rest: yield f'row {len(array)}', None, fault
         return
     pos, number, comma = text.index('[') + 1, 0, True
     while comma:
@@ -185,7 +191,7 @@ def _decoded_lines(lines, path, first=True):
 def _line_items(path):
     "Yield (where, value, fault) for each line of JSON lines."
     with path.open('rb') as f:
-        yield from ((f'line {number}', value, fault) for number, value, fault in _decoded_lines(f, path))
+        for number, value, fault in _decoded_lines(f, path): yield f'line {number}', value, fault
 
 def _csv_items(path):
     "Yield (where, value, fault) for each row of a CSV file whose first line names the columns."
@@ -196,26 +202,29 @@ def _csv_items(path):
         names = next(reader, None)
         if names is None: return
         if not {'instruction', 'output'} <= set(names) or len(set(names)) < len(names):
-            raise ValueError(f'{path} line 1 is {",".join(names):.80}; it must name each column once, '
-                             'instruction and output among them')
+            raise ValueError(f'{path} line 1 is {",".join(names):.80}; it must name each column '
+                             'once, instruction and output among them')
         while True:
             start = reader.line_num + 1
             cells = next(reader, None)
             if cells is None: return
             fault = ('', 'columns', f' has {len(cells)} fields where line 1 has {len(names)}')
-            if cells: yield f'line {start}', dict(zip(names, cells)), None if len(cells) == len(names) else fault
+            whole = len(cells) == len(names)
+            if cells: yield f'line {start}', dict(zip(names, cells)), None if whole else fault
     except csv.Error as e: yield f'line {start}', None, ('', 'not CSV', f' is not CSV: {e}')
     finally: csv.field_size_limit(before)
 
-# %% ../nbs/00_data.ipynb #4278bb98
+# %% ../nbs/00_data.ipynb #762081a3
 def iter_rows(
     path: Path,    # a .json array, .jsonl with one object a line, or .csv with a header; UTF-8
 ):                 # yields (where, checked row or None, faults, notes)
-    "Read rows one by one. FileNotFoundError or ValueError where the file as a whole cannot be read."
+    "Read rows one by one. FileNotFoundError or ValueError where no row of the file can be read."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not a file; give source a .json, .jsonl or .csv file')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file; give source a .json, .jsonl or .csv file')
     items = {'.json': _array_items, '.jsonl': _line_items, '.csv': _csv_items}.get(path.suffix)
-    if not items: raise ValueError(f'{path} ends in {path.suffix!r}; a source is a .json, .jsonl or .csv file')
+    if not items:
+        raise ValueError(f'{path} ends in {path.suffix!r}; a source is .json, .jsonl or .csv')
     for where, value, fault in items(path):
         if not fault and _is_plain(value):
             yield where, dict(value), (), ()
@@ -255,15 +264,16 @@ def validate_rows(
     return kept, dict(file=path.name, rows=len(kept) + reported, kept=len(kept), reported=reported,
                       faults=dict(counts), notes=notes, first=first)
 
-# %% ../nbs/00_data.ipynb #83713ff5
+# %% ../nbs/00_data.ipynb #21cddd84
 def read_rows(
     path: Path,    # a .json array, .jsonl with one object a line, or .csv with a header; UTF-8
 ) -> list[dict]:   # checked rows, in the file's order
-    "Read rows from `path`. FileNotFoundError, or ValueError with the first row that is wrong and the count of others."
+    "Read rows from `path`. FileNotFoundError, or ValueError with the first row that is wrong."
     rows, report = validate_rows(path, shown=1)
     if report['reported']:
         where, _, faults, _ = next(item for item in iter_rows(path) if item[2])
-        others = f' (and {report["reported"] - 1:,} more with faults)' if report['reported'] > 1 else ''
+        more = report['reported'] - 1
+        others = f' (and {more:,} more with faults)' if more else ''
         raise ValueError(f'{path} {where}{faults[0][2]}{others}')
     if not rows: raise ValueError(f'{path} holds no row')
     return rows
@@ -292,25 +302,25 @@ def git_blob_id(
     "Compute the id under which git stores `data`."
     return hashlib.sha1(f'blob {len(data)}\0'.encode() + data, usedforsecurity=False).hexdigest()
 
-# %% ../nbs/00_data.ipynb #7468ebb1
-_KOALPACA = 'https://raw.githubusercontent.com/Beomi/KoAlpaca/b7ee032fa9fad6f0fee32a16043024feb929b7cc/'
+# %% ../nbs/00_data.ipynb #f6df93f9
+_KOALPACA = ('https://raw.githubusercontent.com/Beomi/KoAlpaca/'
+             'b7ee032fa9fad6f0fee32a16043024feb929b7cc/')
 SOURCES = {
-    'koalpaca-v1.0': dict(url=_KOALPACA + 'ko_alpaca_data.json', blob='c889f56da34403e3c4651783e717603f3ae1f932',
-                          licence='CC BY-NC 4.0'),
-    'koalpaca-v1.1a': dict(url=_KOALPACA + 'KoAlpaca_v1.1.jsonl', blob='d43838449ea0fda163bd4c9dc4503cc86bc7ed43',
-                           licence='CC BY-NC 4.0'),
+    'koalpaca-v1.0': dict(url=_KOALPACA + 'ko_alpaca_data.json', licence='CC BY-NC 4.0',
+                          blob='c889f56da34403e3c4651783e717603f3ae1f932'),
+    'koalpaca-v1.1a': dict(url=_KOALPACA + 'KoAlpaca_v1.1.jsonl', licence='CC BY-NC 4.0',
+                           blob='d43838449ea0fda163bd4c9dc4503cc86bc7ed43'),
 }
 
 def cache_dir() -> Path:
-    "Say where downloads and the stand-in base are kept: `$KOFINETUNE_CACHE`, or ~/.cache/kofinetune."
+    "Say where downloads and the stand-in base lie: `$KOFINETUNE_CACHE`, or ~/.cache/kofinetune."
     return Path(os.environ.get('KOFINETUNE_CACHE') or Path.home()/'.cache'/'kofinetune')
 
-# %% ../nbs/00_data.ipynb #64ec1dac
 def fetch(
     url: str,   # an address that holds a revision
     blob: str,  # git blob id that the bytes must have
 ) -> Path:      # the file in the cache
-    "Download `url` once, with a progress bar, and keep it only if it is the file that `blob` names."
+    "Download `url` once, with a progress bar, and keep it if it is the file that `blob` names."
     import pooch, requests
     pooch.get_logger().setLevel('WARNING')
     path = cache_dir()/'sources'/f'{blob[:12]}-{url.rsplit("/", 1)[-1]}'
@@ -318,37 +328,41 @@ def fetch(
         part = path.name + '.download'
         try: pooch.retrieve(url, known_hash=None, path=path.parent, fname=part, progressbar=True)
         except requests.RequestException as e:
-            raise RuntimeError(f'{url} could not be downloaded ({type(e).__name__}); try again with a network, '
-                               f'or download it elsewhere and put it at {path}') from None
+            raise RuntimeError(
+                f'{url} could not be downloaded ({type(e).__name__}); try again with a network, '
+                f'or download it elsewhere and put it at {path}') from None
         seen = git_blob_id((path.parent/part).read_bytes())
         if seen != blob:
             (path.parent/part).unlink()
-            raise ValueError(f'{url} has git blob id {seen}, not {blob}: the file was moved or altered')
+            raise ValueError(f'{url} has git blob id {seen}, not {blob}: '
+                             'the file was moved or altered')
         os.replace(path.parent/part, path)
     seen = git_blob_id(path.read_bytes())
-    if seen != blob: raise ValueError(f'{path} has git blob id {seen}, not {blob}; delete it and try again')
+    if seen != blob:
+        raise ValueError(f'{path} has git blob id {seen}, not {blob}; delete it and try again')
     return path
 
-# %% ../nbs/00_data.ipynb #01b71e9a
+# %% ../nbs/00_data.ipynb #ef9770e1
 def load_rows(
-    source: str,   # 'koalpaca-v1.0', 'koalpaca-v1.1a', 'rehearsal', or a path to .json, .jsonl or .csv
+    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a path to .json, .jsonl or .csv
 ) -> list[dict]:   # checked rows in their own order
     "Load the rows of a known `source`, or of a file."
     if source == 'rehearsal':
-        return [json.loads(line) for line in
-                (files('kofinetune')/'assets'/'rehearsal.jsonl').read_text(encoding='utf-8').splitlines()]
+        packaged = files('kofinetune')/'assets'/'rehearsal.jsonl'
+        return [json.loads(line) for line in packaged.read_text(encoding='utf-8').splitlines()]
     if source in SOURCES: return read_rows(fetch(SOURCES[source]['url'], SOURCES[source]['blob']))
     if Path(source).suffix not in ('.json', '.jsonl', '.csv'):
-        raise ValueError(f'source is {source!r}; it is {", ".join(SOURCES)}, rehearsal, or a .json, .jsonl or .csv file')
+        raise ValueError(f'source is {source!r}; it is {", ".join(SOURCES)}, rehearsal, '
+                         'or a .json, .jsonl or .csv file')
     return read_rows(source)
 
-# %% ../nbs/00_data.ipynb #63104fef
 def source_path(
     source: str,  # as for `load_rows`
 ) -> Path:
     "Find the file behind `source`, downloading a known one that is not in the cache."
     if source == 'rehearsal': return Path(str(files('kofinetune')/'assets'/'rehearsal.jsonl'))
-    return fetch(SOURCES[source]['url'], SOURCES[source]['blob']) if source in SOURCES else Path(source)
+    if source not in SOURCES: return Path(source)
+    return fetch(SOURCES[source]['url'], SOURCES[source]['blob'])
 
 def file_ids(
     path: Path,
@@ -374,9 +388,10 @@ def provenance(
     "Say where the rows come from, for the manifest of a run."
     known = SOURCES.get(source, {})
     licence = known.get('licence', 'Apache-2.0' if source == 'rehearsal' else 'as its owner says')
-    return dict(source=source, url=known.get('url'), licence=licence) | file_ids(source_path(source))
+    ids = file_ids(source_path(source))
+    return dict(source=source, url=known.get('url'), licence=licence) | ids
 
-# %% ../nbs/00_data.ipynb #b11db15b
+# %% ../nbs/00_data.ipynb #4d58ce47
 def has_hangul(
     text: str,
 ) -> bool:
@@ -388,14 +403,14 @@ def empty_answer(row: dict) -> bool:
     return not row['output'].strip()
 
 def no_hangul(row: dict) -> bool:
-    "Find an answer without any Hangul: a number, code, a translation, or an answer in the wrong language."
+    "Find an answer without any Hangul: a number, code, a translation, or the wrong language."
     return bool(row['output'].strip()) and not has_hangul(row['output'])
 
 def echoes_question(row: dict) -> bool:
     "Find an answer that only repeats the input or the instruction."
     return row['output'].strip() in {row['instruction'].strip(), row['input'].strip()} - {''}
 
-# %% ../nbs/00_data.ipynb #68373fe9
+# %% ../nbs/00_data.ipynb #7658b352
 NO_INPUT = re.compile(
     r'입력\S{0,2}(?:\s(?:내용|정보|값)\S?)?\s?:?\s?(?:없(?:음|습니다|어|기 때|으므로|을 때)|필요(?:합니다| 없음)|모호)'
     r'|입력에 따라 다름|입력된 (?:정보|내용)\S? (?:부족|없)|입력\S* 제공해'
@@ -408,13 +423,13 @@ def no_input_answer(row: dict) -> bool:
     if any(word in row['instruction'] for word in ('질문', '인터뷰', '스크립트', '메시지', '이메일')): return False
     return bool(NO_INPUT.search(row['output']))
 
-NO_TEXT = re.compile(r'\W*(?:(?:입력(?: ?값| ?내용)?\S? ?(?:필요 )?|해당 )?(?:없음|없습니다)|노인 ?입력|no ?input|n/?a|none)\W*', re.I)
+NO_TEXT = re.compile(r'\W*(?:(?:입력(?: ?값| ?내용)?\S? ?(?:필요 )?|해당 )?(?:없음|없습니다)'
+                     r'|노인 ?입력|no ?input|n/?a|none)\W*', re.I)
 
 def placeholder_input(row: dict) -> bool:
     "Find an input that is a remark such as 'no input', where it should be empty."
     return bool(NO_TEXT.fullmatch(row['input']))
 
-# %% ../nbs/00_data.ipynb #92ba5d28
 HEADINGS = re.compile(
     r'\A\s*(?:샘플 응답|내용|응답|출력|답변) ?\d*\s?:|^\s*(?:입력|출력)\s?\d*\s?:'
     r'|번째 응답|마지막 응답내용|적절한 응답 ?:|\S##\s*$|\A\s*항목 ?\d', re.M)
@@ -422,7 +437,8 @@ HEADINGS = re.compile(
 def prompt_marker(row: dict) -> bool:
     "Find a heading of a prompt inside a text: Alpaca's own anywhere, the data's own in an answer."
     text = '\n'.join((row['instruction'], row['input'], row['output']))
-    if any(mark.strip() in text for mark in (INSTRUCTION_HEAD, INPUT_HEAD, RESPONSE_HEAD)): return True
+    heads = (INSTRUCTION_HEAD, INPUT_HEAD, RESPONSE_HEAD)
+    if any(head.strip() in text for head in heads): return True
     if 'ChatGPT' in row['output'] and 'GPT' not in row['instruction'] + row['input']: return True
     return bool(HEADINGS.search(row['output'])) and '출력' not in row['instruction']
 
@@ -434,9 +450,9 @@ def odd_number(row: dict) -> bool:
     asked = row['instruction'] + ' ' + row['input']
     return '홀수' in asked and not NUMBERS.search(asked)
 
-# %% ../nbs/00_data.ipynb #8313d8a1
-ASIDE = re.compile(r'```.*?(?:```|\Z)|`[^`\n]*`|"[^"\n]*"|“[^”\n]*”|\'[^\'\n]*\'|‘[^’\n]*’|\([^()\n]*\)'
-                   r'|https?:\S+', re.S)
+# %% ../nbs/00_data.ipynb #7d17cea4
+ASIDE = re.compile(r'```.*?(?:```|\Z)|`[^`\n]*`|"[^"\n]*"|“[^”\n]*”|\'[^\'\n]*\'|‘[^’\n]*’'
+                   r'|\([^()\n]*\)|https?:\S+', re.S)
 FICTION = re.compile(r'시를|[가-힣]시\b|시\s?(?:한|짓|쓰|작성|생성)|하이쿠|가사|노래|이야기|소설|스토리|대화|대본|대사|연극|동화'
                      r'|줄거리|장면|독백|편지|카드|카피|슬로건|의역|다시 (?:쓰|작성)|바꾸|변환|문장|번역|수정|추가')
 
@@ -448,15 +464,18 @@ def speech_levels(
 ) -> list[str]:  # 'polite' or 'plain', for each sentence whose ending tells
     "Read the speech level of each sentence from its ending, leaving out code and quotations."
     sentences = re.split(r'[.!?]+(?=\s|\Z)|\n', ASIDE.sub(' ', text))
-    ends = [words[-1] for words in (sentence.strip(' \t-*"\'').split() for sentence in sentences) if len(words) > 1]
-    levels = [('polite' if POLITE.search(end) else 'plain' if PLAIN.search(end) else '') for end in ends]
+    words = (sentence.strip(' \t-*"\'').split() for sentence in sentences)
+    ends = [found[-1] for found in words if len(found) > 1]
+    levels = ['polite' if POLITE.search(end) else 'plain' if PLAIN.search(end) else ''
+              for end in ends]
     return [level for level in levels if level]
 
 def mixed_speech(row: dict) -> bool:
-    "Find an answer that mixes polite and plain sentences, where none was to be told, quoted or rewritten."
-    return not FICTION.search(row['instruction']) and set(speech_levels(row['output'])) == {'polite', 'plain'}
+    "Find an answer that mixes polite and plain sentences, where no story or rewrite was asked for."
+    if FICTION.search(row['instruction']): return False
+    return set(speech_levels(row['output'])) == {'polite', 'plain'}
 
-# %% ../nbs/00_data.ipynb #b91827b1
+# %% ../nbs/00_data.ipynb #4e59dfe3
 FOREIGN = re.compile(r'(?<![A-Za-z./_#@-])[a-z]{3,}(?![A-Za-z(./_=@-])'
                      r'|[\u0400-\u04ff\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]')
 ASKS_FOREIGN = re.compile(r'영어|영문|번역|[가-힣]+어로|일본|중국|한자|언어|학명|철자|로마|코드|함수|프로그램|프로그래밍|쿼리|스크립트'
@@ -466,7 +485,7 @@ ASKS_FOREIGN = re.compile(r'영어|영문|번역|[가-힣]+어로|일본|중국|
 def foreign_share(
     text: str,
 ) -> float:  # 0 to 1: letters of foreign running text among all letters
-    "Measure how much of `text` is words of another language, outside code, brackets and quotations."
+    "Measure how much of `text` is in another language, outside code, brackets and quotations."
     text = ASIDE.sub(' ', text)
     letters = sum(c.isalpha() for c in text)
     return sum(map(len, FOREIGN.findall(text))) / letters if letters else 0.0
@@ -478,7 +497,7 @@ def code_switching(row: dict) -> bool:
     if re.search(r'[{};]|==|->|<\w|\w\(\)|\bdef |\w=\w|\w\.js\b', row['output']): return False
     return foreign_share(row['output']) > .02
 
-# %% ../nbs/00_data.ipynb #409fa246
+# %% ../nbs/00_data.ipynb #531258f9
 OPEN_END = re.compile(
     r'[,:(·]\Z|[가-힣](?:하며|하고|되며|되고|이며|으며|지만|면서|므로|려면|는데|거나|도록|하여|위해|위한|에서|으로|에게|까지|에는)\Z'
     r'|\s(?:및|그리고|또는|하지만|때문에|등의|대한|통해)\Z|[가-힣]{2,}[을를]\Z')
@@ -489,10 +508,12 @@ def truncated_ending(row: dict) -> bool:
     if text.count('```') % 2: return True
     if text.endswith((',', '(')): return True
     last = text.split('\n')[-1]
-    if last.count(' ') < 3 or not (OPEN_END.search(last[-20:]) or last.count('(') > last.count(')')): return False
-    return not ('\n' in text and FICTION.search(row['instruction']))   # a line of verse may end anywhere
+    is_open = OPEN_END.search(last[-20:]) or last.count('(') > last.count(')')
+    if last.count(' ') < 3 or not is_open: return False
+    verse = '\n' in text and FICTION.search(row['instruction'])   # a line of verse may end anywhere
+    return not verse
 
-# %% ../nbs/00_data.ipynb #f489ca5e
+# %% ../nbs/00_data.ipynb #6c47e0c1
 def exact_duplicate(rows: list[dict]) -> list[int]:
     "List every copy behind the first of the same instruction, input and output."
     seen, copies = set(), []
@@ -516,24 +537,26 @@ def overlap(
     "Measure how much two sets share."
     return len(a & b) / len(a | b) if a or b else 0.0
 
-# %% ../nbs/00_data.ipynb #90d1d24d
 def similar_pairs(
     texts: list[str],
     least: float = .8,           # overlap of shingles from which two texts count as similar
     others: list[str] = None,    # compare with these instead of with the texts before
 ) -> list[tuple[int, int, float]]:  # (text, the earlier or other text most like it, overlap)
-    "Pair each text with the most similar one before it (or among `others`), where one is similar enough."
+    "Pair each text with the most similar one before it, or among `others`, if similar enough."
     from datasketch import MinHash, MinHashLSH
     def sketch(all_pieces):
-        coded = ([piece.encode(errors='surrogatepass') for piece in pieces] for pieces in all_pieces)
+        coded = ([piece.encode(errors='surrogatepass') for piece in pieces]
+                 for pieces in all_pieces)
         return MinHash.generator(coded, num_perm=64, seed=1, hashfunc=zlib.crc32)
-    index, cut = MinHashLSH(threshold=least, num_perm=64, weights=(.1, .9)), [shingles(text) for text in texts]
+    index = MinHashLSH(threshold=least, num_perm=64, weights=(.1, .9))
+    cut = [shingles(text) for text in texts]
     known = cut if others is None else [shingles(text) for text in others]
     if others is not None:
         for j, mark in enumerate(sketch(known)): index.insert(j, mark, check_duplication=False)
     found = []
     for i, mark in enumerate(sketch(cut)):
-        best = max(((overlap(cut[i], known[j]), -j) for j in index.query(mark) if known[j]), default=(0, 0))
+        shares = ((overlap(cut[i], known[j]), -j) for j in index.query(mark) if known[j])
+        best = max(shares, default=(0, 0))
         if cut[i] and best[0] >= least: found.append((i, -best[1], best[0]))
         if others is None: index.insert(i, mark, check_duplication=False)
     return found
@@ -547,17 +570,17 @@ def near_pairs(
     return [(i, j) for i, j, share in pairs if share == 1 or alike(i, j)]
 
 def near_duplicate(rows: list[dict]) -> list[int]:
-    "List rows that ask what an earlier row asks, or ask and answer nearly the same; no exact copies."
+    "List rows that ask as an earlier row does, or ask and answer nearly the same; no exact copies."
     exact = set(exact_duplicate(rows))
     return [i for i, _ in near_pairs(rows) if i not in exact]
 
-# %% ../nbs/00_data.ipynb #7dd2acb2
+# %% ../nbs/00_data.ipynb #51c2904f
 def pair_vectors(
     texts: list[str],
 ) -> list[dict[str, float]]:  # letter pair -> weight; each vector has length 1
     "Weigh the letter pairs of each text by how rare they are among `texts` (TF-IDF)."
-    pairs = [{word[i:i + 2] for word in re.findall(r'\w+', text.lower()) for i in range(max(len(word) - 1, 1))}
-             for text in texts]
+    pairs = [{word[i:i + 2] for word in re.findall(r'\w+', text.lower())
+              for i in range(max(len(word) - 1, 1))} for text in texts]
     seen = Counter(pair for found in pairs for pair in found)
     vectors = [{pair: math.log(len(texts) / seen[pair]) for pair in found} for found in pairs]
     lengths = [math.sqrt(sum(w * w for w in v.values())) or 1.0 for v in vectors]
@@ -570,13 +593,13 @@ def likeness(
     if len(a) > len(b): a, b = b, a
     return sum(weight * b[pair] for pair, weight in a.items() if pair in b)
 
-# %% ../nbs/00_data.ipynb #ce972cf5
+# %% ../nbs/00_data.ipynb #e7e35def
 def stray_gaps(
     answers: list[dict],  # vectors of the answers, in the file's order
     own,                  # likeness of each answer to its own question
     size: int = 10,       # rows in a batch
 ):                        # array (windows, size): above 0 where a row has strayed
-    "For each run of `size` rows: how much more each answer is like the other answers than like its question."
+    "Measure, in each run of rows, how much more an answer is like the others than its question."
     import numpy as np
     count = len(answers)
     near = np.zeros((size, count))                # near[d, i]: likeness of answers i and i + d
@@ -589,7 +612,7 @@ def stray_gaps(
         gaps[:, p] = others / (size - 1) - np.asarray(own)[start + p]
     return gaps
 
-# %% ../nbs/00_data.ipynb #553c5c9d
+# %% ../nbs/00_data.ipynb #f78127e7
 def luck(
     counts,          # how many of `size` strayed, in each window of shuffled rows
     size: int = 10,
@@ -600,10 +623,11 @@ def luck(
     spread = min(max(spread, 1e-6), 1 - 1e-6)
     a, b, beta = share * (1 / spread - 1), (1 - share) * (1 / spread - 1), lambda x, y: (
         math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y))
-    chances = [math.comb(size, k) * math.exp(beta(k + a, size - k + b) - beta(a, b)) for k in range(size + 1)]
+    chances = [math.comb(size, k) * math.exp(beta(k + a, size - k + b) - beta(a, b))
+               for k in range(size + 1)]
     return [sum(chances[k:]) for k in range(size + 1)]
 
-# %% ../nbs/00_data.ipynb #91b4f93f
+# %% ../nbs/00_data.ipynb #4f4dcb7f
 def astray_batches(
     rows: list[dict],       # in the order in which they were made
     size: int = 10,         # answers that were made at a time
@@ -611,7 +635,8 @@ def astray_batches(
 ) -> list[dict]:            # first, last (row numbers from 0), rows (that strayed), chance, gap
     "Find the batches whose answers belong to one question; smaller `chance` is surer."
     if len(rows) <= 2 * size: return []
-    vectors = pair_vectors([f'{r["instruction"]}\n{r["input"]}' for r in rows] + [r['output'] for r in rows])
+    questions = [f'{r["instruction"]}\n{r["input"]}' for r in rows]
+    vectors = pair_vectors(questions + [r['output'] for r in rows])
     asked, answers = vectors[:len(rows)], vectors[len(rows):]
     own = [likeness(a, q) for a, q in zip(answers, asked)]
     order = random.Random(0).sample(range(len(rows)), len(rows))
@@ -629,27 +654,30 @@ def astray_batches(
     return sorted(found, key=lambda b: b['first'])
 
 def astray_batch(rows: list[dict]) -> list[int]:
-    "List the rows that strayed in astray batches, but not a batch's last, whose question the others answer."
+    "List the rows that strayed in batches, but not a batch's last, whose question all answer."
     return [i for b in astray_batches(rows) for i in b['rows'] if i != b['last']]
 
-# %% ../nbs/00_data.ipynb #be9fdd57
+# %% ../nbs/00_data.ipynb #0bf3448d
 def length_outlier(rows: list[dict]) -> list[int]:
-    "List answers longer than the upper quartile by more than three times the distance of the quartiles (Tukey)."
+    "List answers that top the upper quartile by over three times the quartiles' distance (Tukey)."
     lengths = sorted(len(row['output']) for row in rows)
     if not lengths: return []
     low, high = lengths[len(lengths) // 4], lengths[3 * len(lengths) // 4]
     return [i for i, row in enumerate(rows) if len(row['output']) > high + 3 * max(high - low, 1)]
 
-# %% ../nbs/00_data.ipynb #0b7abba4
-DETECTORS = {f.__name__: f for f in (empty_answer, no_hangul, echoes_question, no_input_answer, placeholder_input,
-                                     prompt_marker, odd_number, truncated_ending, mixed_speech, code_switching)}
-FILE_DETECTORS = {f.__name__: f for f in (exact_duplicate, near_duplicate, astray_batch, length_outlier)}
+# %% ../nbs/00_data.ipynb #ad5132ee
+DETECTORS = {f.__name__: f for f in (
+    empty_answer, no_hangul, echoes_question, no_input_answer, placeholder_input, prompt_marker,
+    odd_number, truncated_ending, mixed_speech, code_switching)}
+FILE_DETECTORS = {f.__name__: f for f in (
+    exact_duplicate, near_duplicate, astray_batch, length_outlier)}
 
 def audit(
     rows: list[dict],       # checked rows
 ) -> dict[str, list[int]]:  # flag -> the rows that carry it, counted from 0
-    "Flag the rows that may teach the wrong thing, by `DETECTORS` (a row each) and `FILE_DETECTORS` (all rows)."
-    flags = {name: [i for i, row in enumerate(rows) if found(row)] for name, found in DETECTORS.items()}
+    "Flag the rows that may teach the wrong thing, with `DETECTORS` and `FILE_DETECTORS`."
+    flags = {name: [i for i, row in enumerate(rows) if found(row)]
+             for name, found in DETECTORS.items()}
     return flags | {name: found(rows) for name, found in FILE_DETECTORS.items()}
 
 def audit_summary(
@@ -659,7 +687,8 @@ def audit_summary(
     "Sum up `flags`, one line a flag."
     carried = Counter(i for where in flags.values() for i in where)
     return [dict(flag=name, rows=len(where), percent=round(100 * len(where) / max(count, 1), 2),
-                 only=sum(carried[i] == 1 for i in where), first=where[:5]) for name, where in flags.items()]
+                 only=sum(carried[i] == 1 for i in where), first=where[:5])
+            for name, where in flags.items()]
 
 # %% ../nbs/00_data.ipynb #de8dd441
 def clean_rows(
@@ -681,7 +710,7 @@ def normalize_row(
     "Compose every text to NFC and strip the white space around it."
     return {name: unicodedata.normalize('NFC', text).strip() for name, text in row.items()}
 
-# %% ../nbs/00_data.ipynb #3a90b358
+# %% ../nbs/00_data.ipynb #1573b9b7
 def row_text(row: dict) -> str:
     "Join every text of `row`, whatever its fields are called (question, choices, paragraph, ...)."
     texts = [' '.join(map(str, v)) if isinstance(v, (list, tuple)) else v for v in row.values()]
@@ -693,25 +722,29 @@ def contamination(
     size: int = 13,              # characters in a run that counts as quoted
     quoted: float = .5,          # share of a benchmark row's runs from which it counts as quoted
     least: float = .8,           # overlap of shingles from which whole texts count as the same
-) -> dict:                       # counts, and pairs: row, benchmark, share (of the benchmark row's runs), overlap
-    "Find the rows that hold text of `benchmark_rows`: shared runs of characters, or nearly the whole text."
+) -> dict:                       # counts, and pairs: row, benchmark, share of its runs, overlap
+    "Find the rows that hold text of `benchmark_rows`: shared runs, or nearly the whole text."
     exam, seen = [row_text(row) for row in benchmark_rows], {}
-    runs = [shingles(text, size) if len(''.join(filter(str.isalnum, text))) >= size else set() for text in exam]
+    letters = [sum(map(str.isalnum, text)) for text in exam]
+    runs = [shingles(text, size) if n >= size else set() for text, n in zip(exam, letters)]
     for j, found in enumerate(runs):
         for run in found: seen.setdefault(run, []).append(j)
     pairs = {}
     texts = [row_text(row) for row in rows]
     for i, text in enumerate(texts):
         hits = Counter(j for run in shingles(text, size) for j in seen.get(run, ()))
-        for j, n in hits.items(): pairs[i, j] = dict(row=i, benchmark=j, share=round(n / len(runs[j]), 3), overlap=0.0)
+        for j, n in hits.items():
+            pairs[i, j] = dict(row=i, benchmark=j, share=round(n / len(runs[j]), 3), overlap=0.0)
     for i, j, share in similar_pairs(texts, least, exam):
-        pairs.setdefault((i, j), dict(row=i, benchmark=j, share=0.0, overlap=0.0))['overlap'] = round(share, 3)
+        new = dict(row=i, benchmark=j, share=0.0, overlap=0.0)
+        pairs.setdefault((i, j), new)['overlap'] = round(share, 3)
     found = sorted((p for p in pairs.values() if p['share'] >= quoted or p['overlap']),
                    key=lambda p: (-max(p['share'], p['overlap']), p['row'], p['benchmark']))
-    return dict(rows=len({p['row'] for p in found}), benchmark_rows=len({p['benchmark'] for p in found}),
+    return dict(rows=len({p['row'] for p in found}),
+                benchmark_rows=len({p['benchmark'] for p in found}),
                 phrases=len(pairs) - len(found), pairs=found)
 
-# %% ../nbs/00_data.ipynb #4a022d27
+# %% ../nbs/00_data.ipynb #ded74582
 def split_rows(
     rows: list[dict],   # checked rows
     valid_rows: int,    # how many to hold out
@@ -720,8 +753,11 @@ def split_rows(
 ) -> tuple[list[dict], list[dict]]:     # training rows and held-out rows, each in the file's order
     "Hold out `valid_rows` rows, chosen by a hash of instruction and input, whole groups only."
     if not 0 <= valid_rows < max(len(rows), 1):
-        raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies from 0 to {len(rows) - 1}')
-    def key(row): return hashlib.sha256(f'{seed}\0{row["instruction"]}\0{row["input"]}'.encode()).hexdigest()
+        raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies from 0 to '
+                         f'{len(rows) - 1}')
+    def key(row):
+        question = f'{seed}\0{row["instruction"]}\0{row["input"]}'
+        return hashlib.sha256(question.encode()).hexdigest()
     keys = [key(row) for row in rows]
     group = {name: name for name in keys}
     def root(name):
@@ -738,55 +774,55 @@ def split_rows(
     train = [row for row, name in zip(rows, keys) if name not in held]
     return train, [row for row, name in zip(rows, keys) if name in held]
 
-# %% ../nbs/00_data.ipynb #94ac2dd9
+# %% ../nbs/00_data.ipynb #eccba98e
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 @dataclass(frozen=True)
 class Recipe:
-    "Everything that decides a run. A field's comment is its documentation, here and in the command's help."
+    "Everything that decides a run. A field's comment is its documentation, and the command's help."
     name: str = 'rehearsal'      # what the run is called; the default run folder is runs/<name>
-    report_to: str = 'none'      # who else gets the losses while it trains: none, tensorboard, trackio or wandb
+    report_to: str = 'none'      # where losses are sent too: none, tensorboard, trackio or wandb
     # data
-    source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a path to .json, .jsonl or .csv
+    source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file's path
     rows: int = 0                # take the first so many rows; 0 takes all
     valid_rows: int = 250        # rows held out of training
-    drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags of the audit whose rows are dropped
+    drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # audit flags whose rows go
     normalize: bool = True       # compose Hangul to NFC and strip white space around each text
-    seed: int = 42               # decides the split, the order of rows and the adapter's first weights
+    seed: int = 42               # decides split, order of rows and the adapter's first weights
     # train
     style: str = 'alpaca'        # blog: always an Input section; alpaca: left out when it is empty
-    base: str = 'rehearsal'      # a model id of the Hugging Face Hub, a folder, or rehearsal: the stand-in
+    base: str = 'rehearsal'      # a model on the Hugging Face Hub, a folder, or rehearsal
     revision: str = ''           # the Hub revision (a commit) of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
-    dequantize: bool = True      # train with an nf4 base unpacked once, not at each use: faster, same numbers
-    adapter: str = 'lora'        # lora: train an adapter; none: train every weight (needs quant none)
+    dequantize: bool = True      # unpack an nf4 base once, not at each use: faster, same numbers
+    adapter: str = 'lora'        # lora: train an adapter; none: all weights (needs quant none)
     lora_r: int = 16             # rank of the adapter's two matrices
     lora_alpha: int = 32         # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0    # share of the adapter's inputs that is zeroed while training
-    target_modules: tuple[str, ...] = PROJECTIONS  # the matrices that get an adapter; all-linear: every one but the head
-    use_rslora: bool = False     # scale the adapter by lora_alpha / sqrt(lora_r) instead: for ranks of 32 and more
+    target_modules: tuple[str, ...] = PROJECTIONS  # matrices with an adapter, or all-linear
+    use_rslora: bool = False     # scale by lora_alpha / sqrt(lora_r): for ranks of 32 and more
     use_dora: bool = False       # train the length of every matrix's rows beside the adapter (DoRA)
-    trainable_token_indices: tuple[str, ...] = ()  # tokens, as text, whose embedding is trained too: <start_of_turn>
-    neftune_noise_alpha: float = 0.0  # noise on the embeddings while training (NEFTune), 5 to 15; 0: none
-    loss: str = 'answer'         # answer: only answer and terminator are graded; whole: the prompt too
+    trainable_token_indices: tuple[str, ...] = ()  # tokens whose embedding is trained too
+    neftune_noise_alpha: float = 0.0  # noise on the embeddings (NEFTune), 5 to 15; 0: none
+    loss: str = 'answer'         # answer: grade only answer and terminator; whole: the prompt too
     packing: bool = True         # several rows in one sequence, without seeing each other
-    max_length: int = 512        # tokens in a sequence; a longer row is left out and counted (blog: cut)
+    max_length: int = 512        # tokens in a sequence; longer rows are left out (blog: cut)
     epochs: float = 3.0          # passes over the training rows
     batch_size: int = 4          # sequences a device works on at once
-    grad_accum: int = 4          # batches that are added up for one optimizer step, over all devices
+    grad_accum: int = 4          # batches added up for one optimizer step, over all devices
     learning_rate: float = 2e-4  # the highest learning rate
-    lr_scheduler: str = 'cosine'  # a schedule of transformers: linear, cosine, constant_with_warmup, ...
+    lr_scheduler: str = 'cosine'  # a schedule of transformers: linear, cosine, ...
     warmup: float = 0.03         # share of the steps over which the learning rate rises
     weight_decay: float = 0.0    # AdamW's decay of the trained weights
     optim: str = 'adamw_torch_fused'  # an optimizer of transformers
-    activation_checkpointing: bool = False  # compute activations twice instead of keeping them: less memory, more time
-    save_steps: float = 0.1      # judge on held-out rows and keep a checkpoint this often: steps; below 1, a share of them
+    activation_checkpointing: bool = False  # compute activations twice: less memory, more time
+    save_steps: float = 0.1      # steps between checkpoints; below 1, a share of all steps
     early_stopping_patience: int = 0  # stop after so many judgements without a better one; 0: never
-    dtype: str = 'auto'          # bf16 or fp32; auto: bf16 on a GPU that has it, fp32 on a CPU. Never fp16
+    dtype: str = 'auto'          # bf16 or fp32; auto: bf16 on a GPU that has it, fp32 on a CPU
     # merge
-    merge: str = 'auto'          # the base that takes the adapter: 16-bit, nf4, or auto: the better by measurement
+    merge: str = 'auto'          # base that takes the adapter: 16-bit, nf4, or auto: the better one
     # export
-    gguf: tuple[str, ...] = ('bf16', 'q8_0')  # the files to write; the last is the one that Ollama serves
+    gguf: tuple[str, ...] = ('bf16', 'q8_0')  # the files to write; Ollama serves the last
     ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
     max_new_tokens: int = 256    # the longest answer, in tokens
     temperature: float = 0.0     # 0: always the likeliest token
@@ -799,8 +835,9 @@ class Recipe:
     @staticmethod
     def named(name: str) -> 'Recipe':  # blog, best or rehearsal
         "Get a preset."
-        if name not in PRESETS: raise ValueError(f'there is no recipe {name!r}; there are {", ".join(PRESETS)}, '
-                                                 'and files that end in .toml or .json')
+        if name not in PRESETS:
+            raise ValueError(f'there is no recipe {name!r}; there are {", ".join(PRESETS)}, '
+                             'and files that end in .toml or .json')
         return Recipe(**PRESETS[name])
 
     @staticmethod
@@ -812,13 +849,14 @@ class Recipe:
         "Copy the recipe with some fields changed, checking them again."
         return _make_recipe(asdict(self) | changes)
 
-# %% ../nbs/00_data.ipynb #033af7fc
-_CHOICES = dict(report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=STYLES, quant=('nf4', 'none'),
-                adapter=('lora', 'none'), loss=('answer', 'whole'), dtype=('auto', 'bf16', 'fp32'),
+# %% ../nbs/00_data.ipynb #a223dec8
+_CHOICES = dict(report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=STYLES,
+                quant=('nf4', 'none'), adapter=('lora', 'none'), loss=('answer', 'whole'),
+                dtype=('auto', 'bf16', 'fp32'),
                 merge=('auto', '16-bit', 'nf4'))
-_LEAST = dict(rows=0, valid_rows=0, seed=0, lora_r=1, lora_alpha=1, max_length=8, batch_size=1, grad_accum=1,
-              max_new_tokens=1, num_ctx=64, eval_rows=0, weight_decay=0, temperature=0, neftune_noise_alpha=0,
-              early_stopping_patience=0)
+_LEAST = dict(rows=0, valid_rows=0, seed=0, lora_r=1, lora_alpha=1, max_length=8, batch_size=1,
+              grad_accum=1, max_new_tokens=1, num_ctx=64, eval_rows=0, weight_decay=0,
+              temperature=0, neftune_noise_alpha=0, early_stopping_patience=0)
 
 def _check_recipe(r):
     "Check the types and ranges of `r`, each field by itself and then together."
@@ -831,40 +869,50 @@ def _check_recipe(r):
         if getattr(r, name) not in allowed:
             raise ValueError(f'{name} is {getattr(r, name)!r}; it is one of {", ".join(allowed)}')
     for name, least in _LEAST.items():
-        if getattr(r, name) < least: raise ValueError(f'{name} is {getattr(r, name)}; it must be {least} or more')
+        value = getattr(r, name)
+        if value < least: raise ValueError(f'{name} is {value}; it must be {least} or more')
     for name in ('epochs', 'learning_rate', 'save_steps'):
-        if not 0 < getattr(r, name) < 1e4: raise ValueError(f'{name} is {getattr(r, name)}; it must be more than 0')
+        value = getattr(r, name)
+        if not 0 < value < 1e4: raise ValueError(f'{name} is {value}; it must be more than 0')
     for name in ('lora_dropout', 'warmup'):
-        if not 0 <= getattr(r, name) < 1: raise ValueError(f'{name} is {getattr(r, name)}; it lies from 0 to below 1')
+        value = getattr(r, name)
+        if not 0 <= value < 1: raise ValueError(f'{name} is {value}; it lies from 0 to below 1')
     if r.adapter == 'none' and r.quant != 'none':
-        raise ValueError(f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be trained; set quant=none")
+        raise ValueError(f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be "
+                         'trained; set quant=none')
     _check_options(r)
-    wrong = [t for t in r.gguf if t not in ('bf16', 'f16', 'q8_0')] or ([] if r.gguf else ['nothing'])
+    wrong = [t for t in r.gguf or ('nothing',) if t not in ('bf16', 'f16', 'q8_0')]
     if wrong: raise ValueError(f'gguf names {wrong[0]!r}; the types are bf16, f16, q8_0')
     if r.max_new_tokens >= r.num_ctx:
-        raise ValueError(f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room is left for a prompt')
+        raise ValueError(f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: '
+                         'no room is left for a prompt')
 
 def _check_options(r):
     "Check the options of `r` that only make sense with others."
     if r.save_steps > 1 and r.save_steps != int(r.save_steps):
-        raise ValueError(f'save_steps is {r.save_steps}; it is a whole number of steps, or a share of all steps below 1')
+        raise ValueError(f'save_steps is {r.save_steps}; it is a whole number of steps, or a share '
+                         'of all steps below 1')
     if r.early_stopping_patience and not r.valid_rows:
-        raise ValueError(f'early_stopping_patience is {r.early_stopping_patience} and valid_rows 0: without held-out rows '
-                         'nothing says when to stop; set valid_rows')
+        raise ValueError(f'early_stopping_patience is {r.early_stopping_patience} and valid_rows '
+                         '0: without held-out rows nothing says when to stop; set valid_rows')
     for name in ('use_rslora', 'use_dora', 'trainable_token_indices'):
         if r.adapter == 'none' and getattr(r, name):
-            raise ValueError(f"{name} is {getattr(r, name)!r} and adapter is 'none': it is an option of the adapter; "
-                             'set adapter=lora')
+            raise ValueError(f"{name} is {getattr(r, name)!r} and adapter is 'none': it is an "
+                             'option of the adapter; set adapter=lora')
     if 'all-linear' in r.target_modules and len(r.target_modules) > 1:
-        raise ValueError(f'target_modules is {", ".join(r.target_modules)}; all-linear stands alone')
+        names = ', '.join(r.target_modules)
+        raise ValueError(f'target_modules is {names}; all-linear stands alone')
 
-# %% ../nbs/00_data.ipynb #4b8544fa
+# %% ../nbs/00_data.ipynb #263ed3cd
 GEMMA = dict(base='google/gemma-3-270m', revision='9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1')
-SURE_FLAGS = ('empty_answer', 'exact_duplicate', 'near_duplicate', 'astray_batch', 'no_input_answer', 'placeholder_input',
-              'prompt_marker', 'odd_number', 'truncated_ending', 'mixed_speech', 'code_switching')  # right in nine of ten
+SURE_FLAGS = (   # right in nine of ten rows that were read
+    'empty_answer', 'exact_duplicate', 'near_duplicate', 'astray_batch', 'no_input_answer',
+    'placeholder_input', 'prompt_marker', 'odd_number', 'truncated_ending', 'mixed_speech',
+    'code_switching')
 PRESETS = {
-    'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(), normalize=False, style='blog',
-                         lora_r=8, lora_alpha=8, dequantize=False, loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
+    'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(),
+                         normalize=False, style='blog', lora_r=8, lora_alpha=8, dequantize=False, loss='whole',
+                         packing=False, lr_scheduler='linear', warmup=0.0),
     'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000, drop=SURE_FLAGS),
     'rehearsal': dict(max_length=256, epochs=4.0, batch_size=1, grad_accum=1, learning_rate=3e-3,
                       save_steps=0.2, max_new_tokens=48, num_ctx=512),
@@ -874,16 +922,20 @@ def _make_recipe(values):
     "Make a recipe of a dict, with lists as tuples, naming a field that does not exist."
     known = [f.name for f in fields(Recipe)]
     for name in values:
-        if name not in known: raise ValueError(f'a recipe has no field {name!r}; it has {", ".join(known)}')
+        if name not in known:
+            raise ValueError(f'a recipe has no field {name!r}; it has {", ".join(known)}')
     return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 def _load_recipe(path):
     "Read TOML or JSON and make a recipe of it."
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not a file; give a recipe name or a .toml or .json file')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file; give a recipe name or a .toml or .json '
+                                'file')
     text = path.read_text(encoding='utf-8')
     try: values = tomllib.loads(text) if path.suffix == '.toml' else json.loads(text)
     except ValueError as e: raise ValueError(f'{path} cannot be read: {e}') from None
-    if not isinstance(values, dict): raise ValueError(f'{path} holds {type(values).__name__}; it must hold fields')
+    if not isinstance(values, dict):
+        raise ValueError(f'{path} holds {type(values).__name__}; it must hold fields')
     extends = values.pop('extends', None)
     start = asdict(Recipe.named(extends)) if extends else {}
     return _make_recipe(start | {'name': path.stem} | values)
@@ -1027,7 +1079,7 @@ def _difference(folder, old, new):
                     f'{new["recipe"][field]!r}; choose another --run, or --force to make it again')
     return f'{folder} was made from files that have changed since; --force makes it again'
 
-# %% ../nbs/00_data.ipynb #9ab8d6fd
+# %% ../nbs/00_data.ipynb #c07a2651
 def prepare(
     recipe: Recipe,        # source, rows, valid_rows, drop, normalize, seed
     run: Path,             # the run folder
@@ -1045,20 +1097,23 @@ def prepare(
         write_jsonl(train, folder/'train.jsonl')
         write_jsonl(valid, folder/'valid.jsonl')
         counts = dict(rows=len(rows), kept=len(kept), reported=len(report['dropped']))
-        flags = {name: dict(count=len(where), rows=where) for name, where in report['flags'].items()}
-        write_json(counts | dict(normalized=sum(a != b for a, b in zip(rows, ready)), dropped=report['dropped'],
-                                 flags=flags, astray_batches=astray_batches(ready)), folder/'audit.json')
+        flags = {name: dict(count=len(where), rows=where)
+                 for name, where in report['flags'].items()}
+        changed = sum(a != b for a, b in zip(rows, ready))
+        write_json(counts | dict(normalized=changed, dropped=report['dropped'], flags=flags,
+                                 astray_batches=astray_batches(ready)), folder/'audit.json')
         return counts | dict(train=len(train), valid=len(valid)) | origin()
     return stage(recipe, run, 'data', make, force, source_id(recipe.source))
 
-LARGE = 1 << 28   # bytes of a .jsonl from which on rows are prepared on disk (below: "More rows than memory")
+LARGE = 1 << 28   # bytes of a .jsonl from which on it is read in parts ("More rows than memory")
 
 def _is_large(recipe):
     "Say whether the recipe's source is a .jsonl that is better not held in memory."
     path = Path(recipe.source)
-    return path.suffix == '.jsonl' and path.is_file() and path.stat().st_size >= LARGE and not recipe.rows
+    if path.suffix != '.jsonl' or not path.is_file() or recipe.rows: return False
+    return path.stat().st_size >= LARGE
 
-# %% ../nbs/00_data.ipynb #3d041af1
+# %% ../nbs/00_data.ipynb #5a157d69
 def file_parts(
     path: Path,              # a .jsonl file
     size: int = 1 << 21,     # bytes in a part, more or less
@@ -1072,7 +1127,6 @@ def file_parts(
             cuts.append(f.tell())
     return [(str(path), a, b) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../nbs/00_data.ipynb #2f2b9a70
 def hash60(
     text: str,
 ) -> int:      # the first 15 of the 64 hexadecimal digits of SHA-256
@@ -1080,11 +1134,11 @@ def hash60(
     return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
 def scan_part(
-    part: dict,            # columns path, start, end with one value each, as datasets passes a batch of one
+    part: dict,            # columns path, start, end with one value each: a batch of one
     normalize: bool,       # as in the recipe
     seed: int,             # as in the recipe
     names: tuple,          # detectors of single rows to run
-) -> dict[str, list]:      # columns: the line to write, the row's fault, its flags as bits, and two hashes
+) -> dict[str, list]:      # columns: line to write, fault, flags as bits, two hashes
     "Check, normalize and look at the rows of one part of a file."
     (path,), (start,), (end,) = part['path'], part['start'], part['end']
     with open(path, 'rb') as f: lines = (f.seek(start), f.read(end - start))[1].split(b'\n')
@@ -1096,14 +1150,16 @@ def scan_part(
         made['line'].append('' if faults else encode(ready))
         made['fault'].append(faults[0][2].lstrip(' :') if faults else '')
         made['changed'].append(ready != row)
-        made['flags'].append(0 if faults else sum(1 << i for i, name in enumerate(names) if DETECTORS[name](ready)))
+        found = () if faults else (i for i, name in enumerate(names) if DETECTORS[name](ready))
+        made['flags'].append(sum(1 << i for i in found))
         made['copy'].append(0 if faults else hash60('\0'.join(ready[name] for name in FIELDS[:3])))
         made['question'].append(hash60(f'{seed}\0{ready["instruction"]}\0{ready["input"]}'))
     return made
 
-SCANNED = dict(line='large_string', fault='string', changed='bool', flags='int64', copy='int64', question='int64')
+SCANNED = dict(line='large_string', fault='string', changed='bool', flags='int64', copy='int64',
+               question='int64')
 
-# %% ../nbs/00_data.ipynb #0f024431
+# %% ../nbs/00_data.ipynb #17e0467b
 def scan_large(
     source: Path,            # a .jsonl file
     cache: Path,             # a folder for Arrow files
@@ -1125,7 +1181,7 @@ def hold_out(
     questions,         # array of hashes, one a row
     valid_rows: int,   # how many rows to hold out
 ):                     # array of bool
-    "Choose the rows whose question has the smallest hash, whole questions only, as `split_rows` does."
+    "Choose the rows whose question has the smallest hash, whole questions, as `split_rows` does."
     import numpy as np
     hashes, counts = np.unique(questions, return_counts=True)
     held, count = [], 0
@@ -1134,21 +1190,17 @@ def hold_out(
         if count + copies <= valid_rows: held.append(name); count += copies
     return np.isin(questions, np.array(held, dtype=questions.dtype))
 
-# %% ../nbs/00_data.ipynb #f52a65da
 def prepare_large(
     source: Path,            # a .jsonl file
     folder: Path,            # gets train.jsonl, valid.jsonl, audit.json
     recipe,                  # drop, normalize, valid_rows, seed
     processes: int = 2,
 ) -> dict:                   # counts: rows, kept, reported, train, valid
-    "Do what `prepare` does, with the detectors that see a row at a time and `exact_duplicate`, in bounded memory."
+    "Do what `prepare` does in bounded memory, with `DETECTORS` and `exact_duplicate`."
     import tempfile
     import numpy as np
     names = (*DETECTORS, 'exact_duplicate')
-    for name in recipe.drop:
-        if name not in names:
-            raise ValueError(f'drop names {name!r}, which needs all rows in memory; of a large source, drop '
-                             f'{", ".join(names)}')
+    _check_drop(recipe.drop, names)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         table = scan_large(source, cache, recipe, names[:-1], processes)
         column = lambda name: table.data.column(name).to_numpy()
@@ -1161,14 +1213,22 @@ def prepare_large(
         for name in recipe.drop: keep[flags[name]] = False
         valid[keep] = hold_out(question[keep], recipe.valid_rows)
         write_split(table, keep, valid, folder)
-        faults = [dict(row=int(i), problem=table[int(i)]['fault']) for i in np.flatnonzero(~good)[:20]]
+        bad = np.flatnonzero(~good).tolist()
+        faults = [dict(row=i, problem=table[i]['fault']) for i in bad[:20]]
         counts = dict(rows=len(table), kept=int(keep.sum()), reported=int((~keep).sum()))
         write_json(counts | dict(
-            normalized=int(column('changed').sum()), faults=dict(count=int((~good).sum()), first=faults),
+            normalized=int(column('changed').sum()), faults=dict(count=len(bad), first=faults),
             dropped=np.flatnonzero(good & ~keep).tolist(),
-            flags={name: dict(count=len(found), rows=found.tolist()) for name, found in flags.items()}),
+            flags={name: dict(count=len(i), rows=i.tolist()) for name, i in flags.items()}),
             folder/'audit.json')
     return counts | dict(train=int((keep & ~valid).sum()), valid=int(valid.sum()))
+
+def _check_drop(drop, names):
+    "Refuse to drop by a detector that needs all rows in memory."
+    for name in drop:
+        if name not in names:
+            raise ValueError(f'drop names {name!r}, which needs all rows in memory; of a large '
+                             f'source, drop {", ".join(names)}')
 
 def write_split(table, keep, valid, folder):
     "Write the kept lines of `table` to train.jsonl and valid.jsonl, a batch at a time."
@@ -1178,5 +1238,6 @@ def write_split(table, keep, valid, folder):
         for batch in table.select_columns('line').with_format('arrow').iter(1000):
             lines = batch['line'].to_pylist()
             for out, chosen in ((train, keep & ~valid), (held, valid)):
-                out.writelines(line + '\n' for line, yes in zip(lines, chosen[start:start + len(lines)]) if yes)
+                marks = chosen[start:start + len(lines)]
+                out.writelines(line + '\n' for line, yes in zip(lines, marks) if yes)
             start += len(lines)

@@ -23,13 +23,13 @@ from .export import load_gguf
 from .rehearsal import PAIRS, Word
 from .train import encode, load_base, load_tokenizer, load_tuned, pick_device, plot_loss
 
-# %% ../nbs/04_eval.ipynb #72b7ae4e
+# %% ../nbs/04_eval.ipynb #2f3b4fe2
 def answer_nll(
     model, tok,             # a causal model whose head is one matrix (Gemma 3, Llama, Qwen...), and its tokenizer
     rows: list[dict],       # instruction, input, output
     style: str = 'alpaca',  # as trained
     max_length: int = 512,  # a row that does not fit is left out: its entry is None
-    batch_tokens: int = 512,  # tokens at once, padding included; a longer row goes alone
+    batch_tokens: int = 1024,  # tokens at once, padding included; a longer row goes alone
 ) -> list[dict | None]:     # for each row: nll (nats, summed), tokens, correct, bytes of the answer
     "Score the answer of every row, its terminator included."
     import torch
@@ -58,14 +58,18 @@ def _batches(lengths, batch_tokens):
 def _grade(head, hidden, wanted, at_once=16_384):
     "Give each wanted token its -log p, and say whether it was the likeliest; the vocabulary comes in blocks."
     import torch
-    total = torch.full(wanted.shape, -torch.inf, device=wanted.device)
-    top, mine = total.clone(), total.clone()
+    top = torch.full(wanted.shape, -torch.inf, device=wanted.device)
+    mine, total = top.clone(), torch.zeros_like(top)   # total: the sum of exp(score - top) so far
+    held = hidden.new_empty(len(hidden), at_once)      # one piece of memory for every block
     for start in range(0, len(head.weight), at_once):
-        scores = (hidden @ head.weight[start:start + at_once].T).float()
+        weight = head.weight[start:start + at_once]
+        scores = torch.mm(hidden, weight.T, out=held.resize_(len(hidden), len(weight))).float()
         inside = (start <= wanted) & (wanted < start + at_once)
         mine[inside] = scores[inside, wanted[inside] - start]
-        total, top = torch.logaddexp(total, scores.logsumexp(-1)), torch.maximum(top, scores.amax(-1))
-    return total - mine, mine == top
+        higher = torch.maximum(top, scores.amax(-1))
+        total = total * (top - higher).exp() + scores.sub_(higher[:, None]).exp_().sum(-1)
+        top = higher
+    return top + total.log() - mine, mine == top
 
 def _pad(examples, pad, device):
     "Stack examples of different lengths, padded on the right: ids, labels, attention mask."

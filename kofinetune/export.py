@@ -785,14 +785,14 @@ def served_file(
     raise FileNotFoundError(f'{name} is served from {path.name}, which is not on this machine; '
                             f'ask on the machine of {server_url(host)}')
 
-# %% ../nbs/03_ollama_export.ipynb #6a9d397e
+# %% ../nbs/03_ollama_export.ipynb #3c741a04
 KEPT = (*PARTS, 'server', 'engine', 'served', 'files_proved', 'versions', 'failed')
 
 def export_ollama(
     recipe: Recipe,       # gguf, style, ollama_name, max_new_tokens, temperature, num_ctx
     run: Path,            # a run whose merged model is there
     force: bool = False,  # write again
-) -> dict:                # name, served, bytes of each file, registered, and what verify.json says
+) -> dict:                # name, served_file, files (bytes of each), registered, and verify.json's
     "Write and prove `run/ollama`, and register it where Ollama answers."
     run, name = Path(run), check_name(recipe.ollama_name or f'kofinetune-{recipe.name}')
     def make(folder):

@@ -9,15 +9,16 @@ __all__ = ['SEAL', 'CALIBRATION', 'NEED_MORE', 'pick_device', 'is_sharded', 'loa
            'save_trained', 'estimate', 'checkpoint_fault', 'open_checkpoints', 'train_on', 'finetune', 'check_names',
            'base_name', 'plot_loss', 'load_tuned', 'answer_one']
 
-# %% ../nbs/01_qlora_train.ipynb #05a5c59a
+# %% ../nbs/01_qlora_train.ipynb #1ed21454
 import json, math, os, platform, re, resource, shutil, tempfile, time
 from pathlib import Path
 
-from .data import (Recipe, _difference, file_hashes, format_answer, format_prompt, need, rank, read_jsonl,
-                             stage, stage_inputs, world_size, write_json, write_jsonl)
+from .data import (Recipe, _difference, file_hashes, format_answer, format_prompt, need,
+                             rank, read_jsonl, stage, stage_inputs, world_size, write_json,
+                             write_jsonl)
 from .rehearsal import base_path
 
-# %% ../nbs/01_qlora_train.ipynb #ff2c42e3
+# %% ../nbs/01_qlora_train.ipynb #f5885969
 def pick_device(
     recipe: Recipe,  # its dtype may ask for bf16 or fp32
 ):                   # (torch.device, torch.dtype)
@@ -26,7 +27,8 @@ def pick_device(
     cuda = torch.cuda.is_available()
     dtype = recipe.dtype if recipe.dtype != 'auto' else \
         'bf16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
-    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    number = int(os.environ.get('LOCAL_RANK', 0))
+    device = torch.device('cuda', number) if cuda else torch.device('cpu')
     return device, dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype]
 
 def is_sharded() -> bool:
@@ -34,7 +36,7 @@ def is_sharded() -> bool:
     return os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() == 'true'
 
 def _shards(device):
-    "Choose who shares the weights out: accelerate on GPUs, transformers on CPUs, which accelerate leaves whole."
+    "Choose who shares the weights out: accelerate on GPUs, but transformers on CPUs."
     if device.type != 'cpu': return {}
     from transformers.distributed import DistributedConfig
     return dict(distributed_config=DistributedConfig(fsdp_size=world_size()))
@@ -51,7 +53,7 @@ def load_base(
     quant: str = None, # 'nf4' or 'none', in place of the recipe's
     dtype = None,      # a torch.dtype, in place of what `pick_device` says
 ):                     # (model, tokenizer)
-    "Load the base, in 4 bits if the recipe says so. Raises RuntimeError where the Hub refuses or is out of reach."
+    "Load the base, in 4 bits if the recipe says so. Raises RuntimeError where it cannot be had."
     return _load_model(recipe, quant or recipe.quant, dtype), load_tokenizer(recipe)
 
 def _load_model(recipe, quant, dtype=None, path=None):
@@ -74,17 +76,18 @@ def _from_hub(auto_class, recipe, path=None, **options):
     try: return auto_class.from_pretrained(path, revision=recipe.revision or 'main', **options)
     except OSError as e:
         raise RuntimeError(
-            f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); if it is gated, accept its licence at '
-            f'https://huggingface.co/{recipe.base} and run: hf auth login. Without an account: --set base=rehearsal') from None
+            f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); if it is gated, '
+            f'accept its licence at https://huggingface.co/{recipe.base} and run: hf auth login. '
+            'Without an account: --set base=rehearsal') from None
 
-# %% ../nbs/01_qlora_train.ipynb #06c9bf0a
+# %% ../nbs/01_qlora_train.ipynb #fc063f88
 def encode(
     row: dict,              # instruction, input, output
     tok,                    # a tokenizer of transformers that adds <bos>
     style: str = 'alpaca',  # the prompt's style
-    loss: str = 'answer',   # 'answer': grade answer and terminator; 'whole': grade everything, as the post does
+    loss: str = 'answer',   # 'answer': grade answer and terminator; 'whole': everything, as post
     max_length: int = 512,  # tokens
-) -> dict | None:           # input_ids and labels, (tokens,) each; None where an answer would lose its end
+) -> dict | None:           # input_ids and labels, (tokens,) each; None if it does not fit
     "Turn `row` into token ids and labels."
     prompt, answer, end = format_prompt(row, style), format_answer(row), [tok.eos_token_id]
     if loss == 'whole':
@@ -95,7 +98,7 @@ def encode(
     if len(prompt_ids) + len(answer_ids) > max_length: return None
     return dict(input_ids=prompt_ids + answer_ids, labels=[-100] * len(prompt_ids) + answer_ids)
 
-# %% ../nbs/01_qlora_train.ipynb #9d207f81
+# %% ../nbs/01_qlora_train.ipynb #8621411e
 def show_mask(
     example: dict,  # what `encode` returns
     tok,            # its tokenizer
@@ -107,39 +110,41 @@ def show_mask(
     for token, label in zip(example['input_ids'], example['labels']):
         text = escape(tok.decode([token])).replace('\n', '⏎<br>')
         colour = ('#1b5e20', '#c8e6c9') if label != -100 else ('#424242', '#eeeeee')
-        spans.append(f'<span style="color:{colour[0]};background:{colour[1]};padding:1px 2px;margin:1px;'
-                     f'border-radius:3px;display:inline-block">{text}</span>')
+        spans.append(f'<span style="color:{colour[0]};background:{colour[1]};padding:1px 2px;'
+                     f'margin:1px;border-radius:3px;display:inline-block">{text}</span>')
     return HTML(f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>')
 
-# %% ../nbs/01_qlora_train.ipynb #2a1a916f
+# %% ../nbs/01_qlora_train.ipynb #821580ad
 def add_lora(
     model,           # what `load_base` returns
     recipe: Recipe,  # lora_r, lora_alpha, target_modules and the other options of the adapter; seed
 ):                   # a PeftModel whose only trainable weights are the adapter's, in fp32
-    "Put a trainable low-rank pair beside every target matrix. Raises ValueError where none matches."
+    "Put a trainable low-rank pair beside every target matrix. ValueError where none matches."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
     set_seed(recipe.seed)
+    targets = list(recipe.target_modules)
     if recipe.dequantize and getattr(model, 'is_quantized', False): model = model.dequantize()
     tuned = get_peft_model(model, LoraConfig(
         r=recipe.lora_r, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
-        target_modules=list(recipe.target_modules) if recipe.target_modules != ('all-linear',) else 'all-linear',
-        use_rslora=recipe.use_rslora, use_dora=recipe.use_dora, trainable_token_indices=token_indices(recipe),
+        target_modules='all-linear' if targets == ['all-linear'] else targets,
+        use_rslora=recipe.use_rslora, use_dora=recipe.use_dora,
+        trainable_token_indices=token_indices(recipe),
         bias='none', task_type='CAUSAL_LM'))
     head = tuned.get_output_embeddings()
-    if recipe.trainable_token_indices: head.bias = None    # TRL reads it, and peft's wrapper does not pass it on
+    if recipe.trainable_token_indices: head.bias = None   # TRL asks for it; peft's wrapper has none
     return tuned
 
 def token_indices(
     recipe: Recipe,      # trainable_token_indices, base
 ) -> list[int] | None:   # their ids, as peft wants them; None where there are none
-    "Look up the tokens whose embedding rows are trained. Raises ValueError for a text that is not one token."
+    "Look up the tokens whose embedding is trained. ValueError for a text that is not one token."
     if not recipe.trainable_token_indices: return None
     vocabulary = load_tokenizer(recipe).get_vocab()
     for text in recipe.trainable_token_indices:
         if text not in vocabulary:
-            raise ValueError(f'trainable_token_indices names {text!r}, which is no token of {recipe.base}; '
-                             'name whole tokens, such as <start_of_turn>')
+            raise ValueError(f'trainable_token_indices names {text!r}, which is no token of '
+                             f'{recipe.base}; name whole tokens, such as <start_of_turn>')
     return [vocabulary[text] for text in recipe.trainable_token_indices]
 
 def count_trainable(
@@ -148,18 +153,18 @@ def count_trainable(
     "Count the trainable parameters."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# %% ../nbs/01_qlora_train.ipynb #25ca8831
+# %% ../nbs/01_qlora_train.ipynb #b929791a
 def score_tokens(
-    hidden,           # (tokens, width): the last hidden state in front of each graded token
+    hidden,           # (tokens, width): what the head gets in front of each graded token
     weight,           # (vocabulary, width): the head; it is frozen
     targets,          # (tokens,): the graded tokens
     rows: int = 256,  # tokens whose logits are held at once
-) -> tuple:           # (tokens,) each: log-probability (nats; differentiable), entropy (nats), was it the likeliest?
-    "Score tokens without holding all their logits, as Liger's fused cross-entropy does (arXiv 2410.10989)."
+) -> tuple:           # (tokens,) each: log-probability, entropy (nats), was it the likeliest?
+    "Score tokens without holding all their logits, as Liger does (arXiv 2410.10989)."
     import torch
     logp, entropy, hit, ahead = [], [], [], []
     with torch.no_grad():
-        held = hidden.new_empty(min(rows, len(hidden)), len(weight))   # one piece of memory for all logits
+        held = hidden.new_empty(min(rows, len(hidden)), len(weight))   # reused for all logits
         for h, t in zip(hidden.split(rows), targets.split(rows)):
             logits = torch.mm(h, weight.T, out=held[:len(h)]).float()
             top, wanted = logits.amax(1), logits.gather(1, t[:, None])[:, 0]
@@ -173,10 +178,11 @@ def score_tokens(
             ahead.append(weight[t] - expected)
             entropy.append(top + total.log() - (h * expected).float().sum(1))
     logp, entropy, hit = torch.cat(logp), torch.cat(entropy), torch.cat(hit)
-    if hidden.requires_grad: logp = logp + (torch.cat(ahead) * (hidden - hidden.detach())).float().sum(1)
+    if hidden.requires_grad:
+        logp = logp + (torch.cat(ahead) * (hidden - hidden.detach())).float().sum(1)
     return logp, entropy, hit
 
-# %% ../nbs/01_qlora_train.ipynb #b59aa864
+# %% ../nbs/01_qlora_train.ipynb #ab882af6
 def fuse_head(
     model,  # a causal model that TRL's trainer has prepared, with a frozen head without softcap
 ):          # the same model
@@ -189,7 +195,8 @@ def fuse_head(
         if not fused_lm_head: return theirs(*args, labels=labels, **more)
         hidden = model.base_model(*args, **more | dict(use_cache=False)).last_hidden_state[:, :-1]
         mask = labels[:, 1:] != -100
-        scores = score_tokens(hidden[mask], model.get_output_embeddings().weight, labels[:, 1:][mask])
+        head = model.get_output_embeddings().weight
+        scores = score_tokens(hidden[mask], head, labels[:, 1:][mask])
         logp, entropy, hit = (s.new_zeros(mask.shape).masked_scatter(mask, s) for s in scores)
         return FusedCausalLMOutput(log_probs=logp, entropy=entropy, is_top1=hit, label_mask=mask)
     model.forward = forward
@@ -202,7 +209,7 @@ def _has_frozen_head(model):
     return type(head) is torch.nn.Linear and not head.weight.requires_grad and head.bias is None \
         and not model.config.final_logit_softcapping
 
-# %% ../nbs/01_qlora_train.ipynb #14b4d540
+# %% ../nbs/01_qlora_train.ipynb #3e372952
 def encode_rows(
     rows: list[dict],  # rows of train.jsonl or valid.jsonl
     tok,               # the base's tokenizer
@@ -213,7 +220,8 @@ def encode_rows(
     made = [encode(row, tok, recipe.style, recipe.loss, recipe.max_length) for row in rows]
     kept = [e for e in made if e]
     if rows and not kept:
-        raise ValueError(f'max_length is {recipe.max_length}, and none of the {len(rows)} rows fits; raise max_length')
+        raise ValueError(f'max_length is {recipe.max_length}, and none of the {len(rows)} rows '
+                         'fits; raise max_length')
     return Dataset.from_list(kept), len(made) - len(kept)
 
 # %% ../nbs/01_qlora_train.ipynb #b476fdc2
@@ -230,7 +238,7 @@ def count_steps(
     steps = ceil(ceil(batches / recipe.grad_accum) * recipe.epochs)
     return dict(rows=rows, tokens=tokens, sequences=sequences, steps=steps)
 
-# %% ../nbs/01_qlora_train.ipynb #5ae2b619
+# %% ../nbs/01_qlora_train.ipynb #501fe9a9
 SEAL = 'sealed.json'
 
 def make_callbacks(
@@ -240,7 +248,8 @@ def make_callbacks(
     "Set up what watches the training: the keeper of checkpoints, early stopping, TensorBoard."
     from transformers import EarlyStoppingCallback
     made = [keeper()]
-    if recipe.early_stopping_patience: made.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    if recipe.early_stopping_patience:
+        made.append(EarlyStoppingCallback(recipe.early_stopping_patience))
     if recipe.report_to == 'tensorboard':
         from torch.utils.tensorboard import SummaryWriter
         from transformers.integrations import TensorBoardCallback
@@ -248,34 +257,39 @@ def make_callbacks(
     return made
 
 def keeper():   # a transformers.TrainerCallback
-    "Make the callback that logs and seals every checkpoint, times the first steps, and stops at a loss that is no number."
+    "Make the callback that seals checkpoints, times the first steps, and stops at a loss of nan."
     import torch
     from transformers import TrainerCallback
     class Keeper(TrainerCallback):
-        before, predicted = 0.0, None                # seconds spent by earlier processes; what the first steps foretell
+        before, predicted = 0.0, None   # seconds of earlier processes, and foretold
         def on_train_begin(self, args, state, control, **kwargs):
             self.start, self.marks = time.monotonic() - self.before, []
             if state.best_global_step:               # the run folder may have moved since
-                state.best_model_checkpoint = os.path.join(args.output_dir, f'checkpoint-{state.best_global_step}')
+                best = f'checkpoint-{state.best_global_step}'
+                state.best_model_checkpoint = os.path.join(args.output_dir, best)
         def on_step_end(self, args, state, control, **kwargs):
             self.step_end = time.monotonic() - self.start
-            if self.predicted is None and len(self.marks) < CALIBRATION: self.marks.append(self.step_end)
+            if self.predicted is None and len(self.marks) < CALIBRATION:
+                self.marks.append(self.step_end)
             if control.should_save or control.should_evaluate: control.should_log = True
         def on_log(self, args, state, control, logs, **kwargs):
             for key in ('loss', 'grad_norm', 'eval_loss'):
                 if not math.isfinite(logs.get(key, 0)):
-                    raise RuntimeError(f'{key} is {logs[key]} at step {state.global_step}; lower learning_rate (it is '
-                                       f'{args.learning_rate}) and begin again with --force; {args.output_dir} keeps the '
-                                       'last good checkpoint')
+                    raise RuntimeError(
+                        f'{key} is {logs[key]} at step {state.global_step}; lower learning_rate '
+                        f'(it is {args.learning_rate}) and begin again with --force; '
+                        f'{args.output_dir} keeps the last good checkpoint')
         def on_save(self, args, state, control, **kwargs):
-            if args.world_size > 1: torch.distributed.barrier()      # every process has written its part
+            if args.world_size > 1: torch.distributed.barrier()   # all have written their part
             seconds = time.monotonic() - self.start
             if self.predicted is None:
-                self.pause, saves = seconds - self.step_end, math.ceil(state.max_steps / state.save_steps)
+                self.pause = seconds - self.step_end
+                saves = math.ceil(state.max_steps / state.save_steps)
                 self.predicted = predict_seconds(self.marks, self.pause, state.max_steps, saves)
             if state.is_world_process_zero:
                 checkpoint = Path(args.output_dir)/f'checkpoint-{state.global_step}'
-                write_json(dict(seconds=seconds, predicted=self.predicted, files=file_hashes(checkpoint)), checkpoint/SEAL)
+                write_json(dict(seconds=seconds, predicted=self.predicted,
+                                files=file_hashes(checkpoint)), checkpoint/SEAL)
     return Keeper()
 
 CALIBRATION = 10   # steps to time
@@ -291,20 +305,23 @@ def predict_seconds(
     pace = (marks[-1] - marks[warm - 1]) / (len(marks) - warm) if warm else marks[-1]
     return marks[-1] + pace * (steps - len(marks)) + pause * saves
 
-# %% ../nbs/01_qlora_train.ipynb #50911140
+# %% ../nbs/01_qlora_train.ipynb #a5c8edaf
 def share_batches(
     recipe: Recipe,  # batch_size, grad_accum
     processes: int,  # how many train together, each with its own device
 ) -> int:            # batches that each of them adds up for one step
-    "Share the batches of a step among `processes`. Raises ValueError where they cannot be shared evenly."
+    "Share the batches of a step among `processes`. ValueError where they cannot be shared evenly."
     size, batches = recipe.batch_size, recipe.grad_accum
     if batches % processes == 0: return batches // processes
     smaller = [b for b in range(size, 0, -1) if size * batches % (b * processes) == 0]
-    advice = f'the same step is --set batch_size={smaller[0]} --set grad_accum={size * batches // smaller[0]}' if smaller else \
-        f'no split of {size * batches} sequences is even; a larger step is --set grad_accum={-(-batches // processes) * processes}'
-    raise ValueError(f'grad_accum is {batches}, and {processes} processes cannot share so many batches: {advice}')
+    if smaller: advice = (f'the same step is --set batch_size={smaller[0]} '
+                          f'--set grad_accum={size * batches // smaller[0]}')
+    else: advice = (f'no split of {size * batches} sequences is even; a larger step is '
+                    f'--set grad_accum={-(-batches // processes) * processes}')
+    raise ValueError(f'grad_accum is {batches}, and {processes} processes cannot share so many '
+                     f'batches: {advice}')
 
-# %% ../nbs/01_qlora_train.ipynb #1b9d7142
+# %% ../nbs/01_qlora_train.ipynb #8473db1e
 def make_trainer(
     model,           # what `add_lora` returns, or a whole model to train
     tok,             # its tokenizer
@@ -315,56 +332,71 @@ def make_trainer(
     **more,          # other arguments of SFTConfig
 ):                   # a trl.SFTTrainer, ready to train
     "Set up TRL's trainer for `recipe`."
-    import torch
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
-    device, dtype = pick_device(recipe)
     steps = count_steps(dataset, recipe)['steps']
-    config = SFTConfig(**dict(
-        output_dir=str(folder), num_train_epochs=recipe.epochs, per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=max(1, 8 // world_size()),
-        gradient_accumulation_steps=share_batches(recipe, world_size()), learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler, warmup_steps=recipe.warmup, weight_decay=recipe.weight_decay,
-        optim=recipe.optim, max_length=recipe.max_length, packing=recipe.packing, seed=recipe.seed,
-        bf16=dtype == torch.bfloat16, use_cpu=device.type == 'cpu', dataloader_pin_memory=device.type == 'cuda',
-        activation_checkpointing=recipe.activation_checkpointing, neftune_noise_alpha=recipe.neftune_noise_alpha or None,
-        logging_steps=max(1, steps // 40), logging_nan_inf_filter=False,
-        report_to='none' if recipe.report_to == 'tensorboard' else recipe.report_to, run_name=recipe.name,
-        project='kofinetune', eval_strategy='steps' if len(held_out) else 'no', eval_steps=_often(steps, recipe),
-        prediction_loss_only=True, save_strategy='steps', save_steps=_often(steps, recipe), save_total_limit=3,
-        load_best_model_at_end=len(held_out) > 0, metric_for_best_model='eval_loss' if len(held_out) else None,
-        restore_callback_states_from_checkpoint=True, ddp_find_unused_parameters=False) | _unsaved(device) | more)
+    config = SFTConfig(output_dir=str(folder), **_settings(recipe, steps, len(held_out) > 0) | more)
     trainer = SFTTrainer(model=model, args=config, processing_class=tok, train_dataset=dataset,
-                         eval_dataset=held_out if len(held_out) else None, callbacks=make_callbacks(recipe, folder))
-    if rank(): trainer.remove_callback(PrinterCallback)   # on every machine, the first process would print
+                         eval_dataset=held_out if len(held_out) else None,
+                         callbacks=make_callbacks(recipe, folder))
+    if rank(): trainer.remove_callback(PrinterCallback)   # or one would print on every machine
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    model = trainer.model.get_base_model() if hasattr(trainer.model, 'get_base_model') else trainer.model
-    if device.type == 'cpu' and not is_sharded() and _has_frozen_head(model): fuse_head(model)
+    model = trainer.model
+    if hasattr(model, 'get_base_model'): model = model.get_base_model()
+    on_cpu = pick_device(recipe)[0].type == 'cpu'
+    if on_cpu and not is_sharded() and _has_frozen_head(model): fuse_head(model)
     return trainer
 
+def _settings(recipe, steps, judged):
+    "Say what SFTConfig wants to know: the recipe's fields, then what this package decides."
+    import torch
+    device, dtype = pick_device(recipe)
+    often = _often(steps, recipe)
+    return dict(
+        num_train_epochs=recipe.epochs, per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=share_batches(recipe, world_size()),
+        learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.lr_scheduler,
+        warmup_steps=recipe.warmup, weight_decay=recipe.weight_decay, optim=recipe.optim,
+        max_length=recipe.max_length, packing=recipe.packing, seed=recipe.seed,
+        activation_checkpointing=recipe.activation_checkpointing,
+        neftune_noise_alpha=recipe.neftune_noise_alpha or None, run_name=recipe.name,
+        report_to='none' if recipe.report_to == 'tensorboard' else recipe.report_to,
+        bf16=dtype == torch.bfloat16, use_cpu=device.type == 'cpu',
+        dataloader_pin_memory=device.type == 'cuda', project='kofinetune',
+        per_device_eval_batch_size=max(1, 8 // world_size()), prediction_loss_only=True,
+        logging_steps=max(1, steps // 40), logging_nan_inf_filter=False,
+        eval_strategy='steps' if judged else 'no', eval_steps=often,
+        save_strategy='steps', save_steps=often, save_total_limit=3,
+        load_best_model_at_end=judged, metric_for_best_model='eval_loss' if judged else None,
+        restore_callback_states_from_checkpoint=True,
+        ddp_find_unused_parameters=False) | _unsaved(device)
+
 def _unsaved(device):
-    "Keep no checkpoints where transformers shares the weights out on CPUs: it cannot go on from them."
-    return dict(save_strategy='no', load_best_model_at_end=False) if is_sharded() and device.type == 'cpu' else {}
+    "Keep no checkpoints where transformers shares weights out on CPUs: it cannot go on from them."
+    if not is_sharded() or device.type != 'cpu': return {}
+    return dict(save_strategy='no', load_best_model_at_end=False)
 
 def _often(steps, recipe):
     "Judge and save this often, in steps."
-    return int(recipe.save_steps) if recipe.save_steps >= 1 else math.ceil(steps * recipe.save_steps)
+    if recipe.save_steps >= 1: return int(recipe.save_steps)
+    return math.ceil(steps * recipe.save_steps)
 
-# %% ../nbs/01_qlora_train.ipynb #06683766
+# %% ../nbs/01_qlora_train.ipynb #56c12824
 def stage_together(
     recipe: Recipe,       # what was asked
     run: Path,            # the run folder
-    make,                 # as `stage` takes it; called in every process, but only the first may write
+    make,                 # as `stage` takes it; called in every process, but only one may write
     force: bool = False,  # make it again, whatever is there
 ) -> dict:                # the same in every process
     "Make the stage adapter in all processes that a launcher started, as `stage` does in one."
     if world_size() == 1: return stage(recipe, run, 'adapter', make, force, scaffold='checkpoints')
     if is_sharded() and recipe.quant == 'nf4':
-        raise ValueError("quant is 'nf4', and FSDP cannot share out 4-bit weights; --set quant=none, or leave FSDP off")
+        raise ValueError("quant is 'nf4', and FSDP cannot share out 4-bit weights; "
+                         '--set quant=none, or leave FSDP off')
     share_batches(recipe, world_size())
     from accelerate import PartialState
-    PartialState(cpu=pick_device(recipe)[0].type == 'cpu')   # joins the others: gloo between CPUs, nccl between GPUs
+    PartialState(cpu=pick_device(recipe)[0].type == 'cpu')   # joins the others, with gloo or nccl
     return (_follow if rank() else _lead)(recipe, run, make, force)
 
 def _lead(recipe, run, make, force):
@@ -384,12 +416,14 @@ def _follow(recipe, run, make, force):
     word, news = _say()
     if word == 'make':
         if news != (recipe, file_hashes(Path(run)/'data')):
-            raise RuntimeError(f'process {rank()} sees another recipe, or other files in {Path(run)/"data"}, than process 0; '
-                               f'start the same command on every machine, with {run} on a shared disk or copied')
+            raise RuntimeError(
+                f'process {rank()} sees another recipe, or other files in {Path(run)/"data"}, than '
+                f'process 0; start the same command on every machine, with {run} on a shared disk '
+                'or copied')
         with tempfile.TemporaryDirectory() as folder: make(Path(folder))
         word, news = _say()
     if word == 'leave': raise SystemExit(news)   # the first process says why
-    shutil.rmtree(Path(run)/'checkpoints', ignore_errors=True)   # this machine's part, where the disk is not shared
+    shutil.rmtree(Path(run)/'checkpoints', ignore_errors=True)   # on a disk of this machine's own
     return news
 
 def _say(word=None, news=None):
@@ -397,25 +431,25 @@ def _say(word=None, news=None):
     from accelerate.utils import broadcast_object_list
     return broadcast_object_list([word, news])
 
-# %% ../nbs/01_qlora_train.ipynb #5f882d7b
 def save_trained(
     trainer,       # after `train`
     folder: Path,  # gets the adapter, or the whole model
 ):
-    "Write what was trained. Every process calls this, since each may hold a part; the first writes."
+    "Write what was trained. Every process calls this, as each may hold a part; the first writes."
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     model.save_pretrained(folder, state_dict=weights, is_main_process=rank() == 0)
-    if is_sharded() and rank() == 0 and not hasattr(model, 'peft_config'): _drop_tied(folder/'model.safetensors', model)
+    if is_sharded() and rank() == 0 and not hasattr(model, 'peft_config'):
+        _drop_tied(folder/'model.safetensors', model)
 
 def _drop_tied(path, model):
-    "Take tied weights out of a file: put together from pieces, they are written once under each name."
+    "Take tied weights out of a file: put together from pieces, they stand there under each name."
     from safetensors.torch import load, save_file
     weights = load(path.read_bytes())
     for name in model.all_tied_weights_keys: weights.pop(name, None)
     save_file(weights, path, metadata={'format': 'pt'})
 
-# %% ../nbs/01_qlora_train.ipynb #f6936eaf
+# %% ../nbs/01_qlora_train.ipynb #c4be1aba
 def estimate(
     recipe: Recipe,   # what would be trained
     run: Path,        # a run whose data stage is done
@@ -428,8 +462,9 @@ def estimate(
     counts, trainable = count_steps(dataset, recipe), count_trainable(model)
     held_out, _ = encode_rows(read_jsonl(Path(run)/'data'/'valid.jsonl'), tok, recipe)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(model, tok, dataset, held_out, recipe.replace(report_to='none'), Path(folder)/'checkpoints',
-                               max_steps=CALIBRATION, eval_steps=CALIBRATION, save_steps=CALIBRATION, disable_tqdm=True)
+        trainer = make_trainer(model, tok, dataset, held_out, recipe.replace(report_to='none'),
+                               Path(folder)/'checkpoints', max_steps=CALIBRATION,
+                               eval_steps=CALIBRATION, save_steps=CALIBRATION, disable_tqdm=True)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     keep = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'Keeper')
@@ -438,7 +473,7 @@ def estimate(
     return counts | dict(left_out=left_out, trainable_parameters=trainable, seconds=round(total, 1),
                          memory_bytes=model.get_memory_footprint() + 12 * trainable)
 
-# %% ../nbs/01_qlora_train.ipynb #6b66d44a
+# %% ../nbs/01_qlora_train.ipynb #0fcce1ec
 def checkpoint_fault(
     checkpoint: Path,  # a folder checkpoint-<step>
 ) -> str:              # '' where it is whole
@@ -451,23 +486,25 @@ def checkpoint_fault(
     if changed: return f'is damaged: {changed[0]} is not what was written'
     best = _state(checkpoint)['best_global_step']
     best = checkpoint.with_name(f'checkpoint-{best}') if best else checkpoint
-    return '' if best == checkpoint else 'has lost its best' if not best.is_dir() else checkpoint_fault(best)
+    if best == checkpoint: return ''
+    return checkpoint_fault(best) if best.is_dir() else 'has lost its best'
 
 def _state(checkpoint):
     "Read what the trainer says of a checkpoint."
     return json.loads((checkpoint/'trainer_state.json').read_text(encoding='utf-8'))
 
 def _goes_on(checkpoint):
-    "Say whether the trainer can go on from a checkpoint: it takes one step too many after a stop inside an epoch."
+    "Say whether the trainer can go on from here: a stop in mid-epoch makes it overshoot."
     state = _state(checkpoint)
     stopped = state['stateful_callbacks']['TrainerControl']['args']['should_training_stop']
-    return not stopped or (state['global_step'] == state['max_steps'] and state['epoch'] == int(state['epoch']))
+    whole = state['global_step'] == state['max_steps'] and state['epoch'] == int(state['epoch'])
+    return not stopped or whole
 
 def open_checkpoints(
     folder: Path,        # run/checkpoints; made if absent
     inputs: dict,        # what `stage_inputs` says of the adapter
 ) -> Path | None:        # the newest whole checkpoint; None: begin at the beginning
-    "Find where to go on, and drop what is newer. ValueError: made of other inputs; RuntimeError: all are damaged."
+    "Find where to go on, and drop what is newer. ValueError: other inputs, RuntimeError: damage."
     record = folder/'inputs.json'
     if folder.is_dir() and not record.is_file(): shutil.rmtree(folder)
     if record.is_file():
@@ -481,7 +518,8 @@ def open_checkpoints(
         if not fault and _goes_on(checkpoint): break
         faults[checkpoint] = fault
     else: checkpoint = None
-    damaged = [f'{p} {fault}' for p, fault in faults.items() if fault and fault != 'is half-written']
+    damaged = [f'{path} {fault}' for path, fault in faults.items()
+               if fault and fault != 'is half-written']
     if checkpoint is None and damaged:
         raise RuntimeError(f'no checkpoint can be read ({damaged[0]}); --force begins again')
     for path, fault in faults.items():
@@ -490,25 +528,28 @@ def open_checkpoints(
     if checkpoint: print(f'adapter: going on from {checkpoint.name}')
     return checkpoint
 
-# %% ../nbs/01_qlora_train.ipynb #a0382711
+# %% ../nbs/01_qlora_train.ipynb #22dd500e
 def train_on(
     trainer,                    # what `make_trainer` returns
     checkpoint: Path | None,    # what `open_checkpoints` returns
 ) -> tuple[list[dict], dict]:   # the log of the whole training; its metrics, with predicted_seconds
-    "Train, from `checkpoint` on where there is one. Raises RuntimeError where a checkpoint cannot be written."
+    "Train, from `checkpoint` on if there is one. RuntimeError where none can be written."
     folder = Path(trainer.args.output_dir)
     keep = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'Keeper')
     if checkpoint:
         sealed = json.loads((checkpoint/SEAL).read_text(encoding='utf-8'))
         keep.before, keep.predicted = sealed['seconds'], sealed['predicted']
-        trainer._total_train_tokens = int([e for e in _state(checkpoint)['log_history'] if 'num_tokens' in e][-1]['num_tokens'])
-    try: metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    except Exception as e:             # each library has its own for a full disk; tokenizers' is a bare Exception
+        counted = [e['num_tokens'] for e in _state(checkpoint)['log_history'] if 'num_tokens' in e]
+        trainer._total_train_tokens = int(counted[-1])
+    try: metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    except Exception as e:   # each library has its own for a full disk; tokenizers' is a bare one
         half = [p for p in folder.glob('checkpoint-*') if not (p/SEAL).is_file()]
         if not half or rank(): raise
         for path in half: shutil.rmtree(path)
-        raise RuntimeError(f'{half[0]} could not be written ({str(e).splitlines()[0]}); {shutil.disk_usage(folder).free:,} '
-                           'bytes are free there now. Make room; the same command goes on from the checkpoint before') from e
+        free = shutil.disk_usage(folder).free
+        raise RuntimeError(f'{half[0]} could not be written ({str(e).splitlines()[0]}); {free:,} '
+                           'bytes are free there now. Make room; the same command goes on from the '
+                           'checkpoint before') from e
     log = trainer.state.log_history
     seconds, step, epoch = keep.before + metrics['train_runtime'], log[-1]['step'], log[-1]['epoch']
     metrics |= dict(train_runtime=round(seconds, 4), train_loss=_mean_loss(log), epoch=epoch,
@@ -520,10 +561,12 @@ def train_on(
 def _mean_loss(log):
     "Mean training loss over all steps, of entries that each hold the mean since the one before."
     total = last = 0
-    for entry in (e for e in log if 'loss' in e): total, last = total + entry['loss'] * (entry['step'] - last), entry['step']
+    for entry in (e for e in log if 'loss' in e):
+        total += entry['loss'] * (entry['step'] - last)
+        last = entry['step']
     return total / last
 
-# %% ../nbs/01_qlora_train.ipynb #b42d0efe
+# %% ../nbs/01_qlora_train.ipynb #f0a7f891
 def finetune(
     recipe: Recipe,       # everything under data and train
     run: Path,            # a run whose data stage is done
@@ -534,7 +577,8 @@ def finetune(
         check_names(recipe)
         checkpoints = Path(run)/'checkpoints'
         if force: shutil.rmtree(checkpoints, ignore_errors=True)
-        checkpoint = None if rank() else open_checkpoints(checkpoints, stage_inputs(recipe, run, 'adapter'))
+        inputs = None if rank() else stage_inputs(recipe, run, 'adapter')
+        checkpoint = open_checkpoints(checkpoints, inputs) if inputs else None
         if world_size() > 1: checkpoint = _say(news=checkpoint)[1]
         model, tok = load_base(recipe)
         if recipe.adapter == 'lora': model = add_lora(model, recipe)
@@ -547,7 +591,8 @@ def finetune(
         if rank(): return {}
         if recipe.adapter == 'lora': _name_base(folder, recipe)
         write_jsonl(log, folder/'log.jsonl')
-        metrics = _metrics(metrics, log, dataset) | dict(trainable_parameters=trainable, left_out=left_out)
+        more = dict(trainable_parameters=trainable, left_out=left_out)
+        metrics = _metrics(metrics, log, dataset) | more
         write_json(metrics, folder/'metrics.json')
         return metrics
     return stage_together(recipe, run, make, force)
@@ -555,17 +600,21 @@ def finetune(
 def check_names(
     recipe: Recipe,  # optim, lr_scheduler, report_to
 ):
-    "Check the names that only the libraries know, before anything is loaded. ValueError lists the choices."
+    "Check the names that only libraries know, before anything is loaded. ValueError lists them."
     from importlib.util import find_spec
     from transformers import SchedulerType
     from transformers.training_args import OptimizerNames
     for field, known in (('optim', OptimizerNames), ('lr_scheduler', SchedulerType)):
-        choices, value = [k.value for k in known if k.value not in NEED_MORE], getattr(recipe, field)
-        if value not in choices: raise ValueError(f'{field} is {value!r}; it is one of {", ".join(choices)}')
+        choices = [k.value for k in known if k.value not in NEED_MORE]
+        value = getattr(recipe, field)
+        if value not in choices:
+            raise ValueError(f'{field} is {value!r}; it is one of {", ".join(choices)}')
     if recipe.report_to != 'none' and not find_spec(recipe.report_to):
-        raise ValueError(f'report_to is {recipe.report_to!r}, which is not installed; pip install {recipe.report_to}')
+        raise ValueError(f'report_to is {recipe.report_to!r}, which is not installed; '
+                         f'pip install {recipe.report_to}')
 
-NEED_MORE = ('cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay')   # schedules with more numbers
+NEED_MORE = (   # schedules with more numbers than a recipe has
+    'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay')
 
 def base_name(
     base: str,  # a recipe's base
@@ -576,7 +625,8 @@ def base_name(
 
 def _name_base(folder, recipe):
     "Write the base's name in place of the path that peft noted."
-    path = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
+    config = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
+    path = config['base_model_name_or_path']
     for file in (folder/'adapter_config.json', folder/'README.md'):
         text = file.read_text(encoding='utf-8').replace(path, base_name(recipe.base))
         file.write_text(text, encoding='utf-8', newline='\n')
@@ -587,14 +637,16 @@ def _metrics(metrics, log, dataset):
     cuda = torch.cuda.is_available()
     last = [entry for entry in log if 'mean_token_accuracy' in entry][-1]
     tokens, seconds = int(last['num_tokens']), metrics['train_runtime']
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = torch.cuda.get_device_name() if cuda else \
+        f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     return {k: v for k, v in metrics.items() if k != 'total_flos'} | dict(
         num_tokens=tokens, mean_token_accuracy=last['mean_token_accuracy'], epoch=log[-1]['epoch'],
-        steps=log[-1]['step'], rows=len(dataset), tokens_per_second=round(tokens / seconds, 1), peak_memory_bytes=peak,
-        device=torch.cuda.get_device_name() if cuda else f'{platform.machine()} CPU, {torch.get_num_threads()} threads',
-        processes=world_size())
+        steps=log[-1]['step'], rows=len(dataset), tokens_per_second=round(tokens / seconds, 1),
+        peak_memory_bytes=peak, device=device, processes=world_size())
 
-# %% ../nbs/01_qlora_train.ipynb #811266a5
+# %% ../nbs/01_qlora_train.ipynb #25161661
 def plot_loss(
     log: list[dict],  # log.jsonl of a run
     ax = None,        # matplotlib axes; new ones if absent
@@ -605,11 +657,12 @@ def plot_loss(
     for key, label in (('loss', 'training rows'), ('eval_loss', 'held-out rows')):
         points = [(e['step'], e[key]) for e in log if key in e]
         if points: ax.plot(*zip(*points), marker='.' if key == 'loss' else 'o', label=label)
-    ax.set(xlabel='step', ylabel='loss, nats per graded token', title='What training did', yscale='log')
+    ax.set(xlabel='step', ylabel='loss, nats per graded token', title='What training did',
+           yscale='log')
     ax.legend(); ax.grid(alpha=.3)
     return ax
 
-# %% ../nbs/01_qlora_train.ipynb #08ddfbea
+# %% ../nbs/01_qlora_train.ipynb #a9dfd26a
 def load_tuned(
     recipe: Recipe,  # as trained
     run: Path,       # a run whose adapter is there
@@ -617,7 +670,8 @@ def load_tuned(
     "Load the base with the run's adapter beside it, as it was trained."
     from peft import PeftModel
     folder = need(run, 'adapter')
-    if recipe.adapter == 'none': return _load_model(recipe, 'none', path=folder), load_tokenizer(recipe)
+    if recipe.adapter == 'none':
+        return _load_model(recipe, 'none', path=folder), load_tokenizer(recipe)
     model, tok = load_base(recipe)
     return PeftModel.from_pretrained(model, folder), tok
 

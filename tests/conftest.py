@@ -7,8 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1'   # torch threads of several processes wait for each other
 
 
 def pytest_configure(config):
@@ -33,7 +37,9 @@ def rehearsal_run():
     from kofinetune.merge import merge_adapter
     from kofinetune.train import finetune
     run = ROOT/'runs'/'rehearsal'
-    for do in (prepare, finetune, merge_adapter, export_ollama, evaluate): do(Recipe.named('rehearsal'), run)
+    run.parent.mkdir(exist_ok=True)
+    with FileLock(run.parent/'.tests.lock'):      # several pytest processes want it (pytest-xdist)
+        for do in (prepare, finetune, merge_adapter, export_ollama, evaluate): do(Recipe.named('rehearsal'), run)
     return run
 
 

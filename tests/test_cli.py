@@ -1,5 +1,5 @@
 "The command: exit codes, one line an error, nothing half-written."
-import json, os, subprocess, sys, time
+import json, os, resource, subprocess, sys
 
 import pytest
 
@@ -87,10 +87,11 @@ def test_a_later_command_takes_the_runs_own_recipe(tmp_path):
 
 
 def test_help_takes_less_than_half_a_second(tmp_path):
-    def seconds(command):
-        start = time.monotonic()
+    def seconds(command):     # of the processor: other tests run at the same time
+        def spent(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        start = spent()
         assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
-        return time.monotonic() - start
+        return spent() - start
     seconds([*COMMAND, '--help'])     # compiles the bytecode
     assert min(seconds([*COMMAND, '--help']) for _ in range(5)) < 0.5
 

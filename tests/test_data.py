@@ -98,10 +98,18 @@ def test_download_that_breaks_off_leaves_nothing_and_works_the_next_time(tmp_pat
     httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     url = f'http://127.0.0.1:{httpd.server_port}/rows.json'
-    with pytest.raises(RuntimeError, match='could not be downloaded'): fetch(url, git_blob_id(body))
+    with pytest.raises(RuntimeError, match='could not be downloaded.*try again with a network'):
+        fetch(url, git_blob_id(body))
     assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
     assert fetch(url, git_blob_id(body)).read_bytes() == body
     httpd.shutdown()
+
+
+def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
+    with pytest.raises(RuntimeError, match=f'try again with a network.*put it at {tmp_path}'):
+        fetch('http://127.0.0.1:9/ko_alpaca_data.json', '0' * 40)
+    assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
 
 
 def test_git_agrees_on_the_blob_id(tmp_path):

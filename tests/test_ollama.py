@@ -281,7 +281,7 @@ def test_what_the_post_did_loses_the_hangul(run, tmp_path):
     program = ollama_program()
     if not program: pytest.skip('the server is remote: no ollama program here')
     shutil.copytree(run/'merged', tmp_path/'merged', ignore=shutil.ignore_patterns('tokenizer.model'))
-    (tmp_path/'Modelfile').write_text('FROM ./merged\nTEMPLATE """' + POST + '"""\n', encoding='utf-8')
+    (tmp_path/'Modelfile').write_text('FROM ./merged\nPARAMETER num_thread 1\nTEMPLATE """' + POST + '"""\n', encoding='utf-8')
     made = subprocess.run([program, 'create', 'tests/post', '-f', str(tmp_path/'Modelfile')], capture_output=True, text=True, check=True)
     assert 'success' in made.stdout + made.stderr
     proof = verify_ollama('tests/post', run/'merged', read_jsonl(run/'data'/'valid.jsonl')[:20], answers=20)

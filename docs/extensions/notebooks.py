@@ -1,0 +1,88 @@
+"Notebooks as Sphinx reads them: nbdev's own processors first, then Quarto's conventions become MyST's."
+import json
+import re
+from pathlib import Path
+
+import yaml
+from execnb.nbio import dict2nb
+from nbdev import processors
+from nbdev.process import NBProcessor
+
+# What nbdev does for its own site, less what belongs to Quarto alone; show_doc is answered by reference.py.
+PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processors.add_show_docs, processors.strip_ansi,
+              processors.hide_line, processors.filter_stream_, processors.rm_header_dash, processors.rm_export,
+              processors.ai_magics, processors.clean_magics, processors.hide_, processors.strip_hidden_metadata)
+# A directive, its value, and the tag by which MyST-NB does the same.
+TAGS = {('echo:', 'false'): 'remove-input', ('output:', 'false'): 'remove-output', ('include:', 'false'): 'remove-cell',
+        ('code-fold:', 'true'): 'hide-input', ('code-fold:', 'show'): 'hide-input'}
+
+
+def read_notebook(app, docname, source):
+    "Turn the notebook that Sphinx has just read into MyST's dialect."
+    path = Path(app.env.doc2path(docname))
+    if path.suffix != '.ipynb': return
+    notebook = dict2nb(json.loads(source[0]))
+    notebook.path_ = path
+    NBProcessor(nb=notebook, procs=PROCESSORS).process()
+    cells, heading = [], ''
+    for cell in notebook.cells:
+        if cell.cell_type == 'markdown': heading = next(iter(re.findall('^#+ (.+)$', cell.source, re.M)[::-1]), heading)
+        cells.append(convert(cell, heading))
+    if docname == 'index': cells.append(markdown(contents(path.parent)))
+    for number, cell in enumerate(cells): cell['id'] = f'cell-{number}'
+    source[0] = json.dumps(dict(cells=cells, metadata=json.loads(source[0])['metadata'], nbformat=4, nbformat_minor=5))
+
+
+def convert(cell, heading):
+    "A cell as nbdev left it, as MyST-NB wants it."
+    if cell.cell_type == 'raw': return markdown(front_matter(yaml.safe_load(cell.source.strip().strip('-'))))
+    if cell.cell_type == 'markdown': return markdown(to_myst(cell.source))
+    if shown := re.match(r'show_doc\(([\w.]+)', cell.source): return markdown(f'```{{shown}} {shown[1]}\n```')
+    return code(cell, heading)
+
+
+def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
+
+
+def front_matter(fields):
+    "nbdev's front matter as a heading and a lead."
+    return f'# {fields["title"]}' + (f'\n\n{{.lead}}\n{fields["description"]}' if 'description' in fields else '')
+
+
+def to_myst(text):
+    "Folded solutions and Quarto's callouts as MyST's directives."
+    text = re.sub(r'<details>\s*<summary>(.+?)</summary>', r':::{dropdown} \1', text).replace('</details>', ':::')
+    return re.sub(r'^:::+ *\{\.callout-(\w+)(.*?)\}', callout, text, flags=re.M)
+
+
+def callout(found):
+    "The first line of a callout as an admonition's."
+    kind, options = found[1], found[2]
+    title = re.search('title="(.+?)"', options)
+    fold = ' dropdown' if 'collapse="true"' in options else ''
+    if not title and not fold: return f':::{{{kind}}}'
+    return f':::{{admonition}} {title[1] if title else kind.title()}\n:class: {kind}{fold}\n'
+
+
+def code(cell, heading):
+    "A code cell with Quarto's directives as tags and options. A picture is described by `fig-alt`, or else by its heading."
+    said = {name: ' '.join(values).strip('"\'') for name, values in cell.directives_.items()}
+    tags = list(cell.metadata.get('tags', [])) + [tag for (name, value), tag in TAGS.items() if said.get(name) == value]
+    alt = said.get('fig-alt:') or said.get('fig-cap:') or heading
+    return dict(cell_type='code', execution_count=cell.get('execution_count'), outputs=cell.get('outputs', []),
+                metadata=dict(tags=tags, mystnb=dict(image=dict(alt=alt))),
+                source=re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n'))
+
+
+def contents(folder):
+    "Every page in its order, in groups with a caption each."
+    names = sorted(path.stem for path in folder.glob('*_*.ipynb'))
+    groups = {'Lessons': [n for n in names if n[0].isdigit()], 'More': [n for n in names if n[0].isalpha()] + ['troubleshooting'],
+              'Reference': ['api/index']}
+    return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + caption + '\n\n' + '\n'.join(pages) + '\n```'
+                       for caption, pages in groups.items())
+
+
+def setup(app):
+    app.connect('source-read', read_notebook)
+    return dict(parallel_read_safe=True)

@@ -1,0 +1,137 @@
+"""The site as it is built: both languages, their files, the catalogues. What needs a browser is in tests/browser/.
+
+The build takes some 30 seconds on two idle cores, and the time is part of what is tested.
+"""
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+from lxml import html
+
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+sys.path.insert(0, str(ROOT/'docs'))
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The folder of a freshly built site."
+    out = tmp_path_factory.mktemp('site')/'_site'
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, ROOT/'docs'/'build.py', out, out.parent/'cache'], capture_output=True, text=True)
+    print(f'built in {time.monotonic() - started:.0f} s')
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope='module')
+def pages(site):
+    "Every page of both languages, parsed."
+    return {path.relative_to(site).as_posix(): html.parse(str(path)).getroot()
+            for path in site.rglob('*.html') if '_static' not in path.parts}
+
+
+def test_every_notebook_is_a_page_in_both_languages(pages):
+    for path in NOTEBOOKS:
+        for language, name in (('en', f'{path.stem}.html'), ('ko', f'ko/{path.stem}.html')): assert pages[name].get('lang') == language
+
+
+def test_each_page_is_linked_to_its_twin(site, pages):
+    for name, page in pages.items():
+        if name.endswith('404.html'): continue
+        english, korean = (name[3:], name) if name.startswith('ko/') else (name, f'ko/{name}')
+        links = {a.get('hreflang'): a.get('href') for a in page.iterfind('.//link[@rel="alternate"]')}
+        assert links['en'].endswith(f'/kofinetune/{english}') and links['ko'].endswith(f'/kofinetune/{korean}')
+        switch = page.find('.//a[@class="language"]')
+        assert (site/name).parent.joinpath(switch.get('href')).resolve() == site/(english if name == korean else korean)
+
+
+def test_links_between_pages_lead_somewhere(site, pages):
+    ids = {name: {e.get('id') for e in page.iter() if e.get('id')} | {e.get('name') for e in page.iter('a')} for name, page in pages.items()}
+    lost = []
+    for name, page in pages.items():
+        if name.endswith('404.html'): continue
+        for link in page.iter('a', 'link', 'script', 'img'):
+            address = link.get('href') or link.get('src') or ''
+            if re.match(r'[a-z]+:|#$|$', address): continue
+            file, anchor = urldefrag(address)
+            target = ((site/name).parent/unquote(file.split('?')[0])).resolve() if file else site/name
+            if not target.is_file(): lost.append(f'{name}: {address}')
+            elif anchor and target.suffix == '.html' and unquote(anchor) not in ids[target.relative_to(site).as_posix()]: lost.append(f'{name}: {address}')
+    assert not lost
+
+
+def test_nothing_is_fetched_from_elsewhere(pages):
+    for name, page in pages.items():
+        fetched = [e.get('src') or e.get('href') for e in page.xpath('//script[@src]|//img|//iframe|//source|//link[@rel="stylesheet" or @rel="preload" or @rel="icon"]')]
+        assert not [a for a in fetched if a and re.match('(https?:)?//', a)], name
+
+
+def test_every_picture_has_a_description(pages):
+    for name, page in pages.items():
+        assert not [i.get('src') for i in page.iterfind('.//article//img') if not i.get('alt')], name
+
+
+def test_english_notebooks_are_the_notebooks(site):
+    for path in NOTEBOOKS: assert (site/'notebooks'/path.name).read_bytes() == path.read_bytes()
+
+
+def test_korean_notebooks_have_korean_prose_and_the_same_code(site):
+    from extensions.messages import catalogue
+    for path in NOTEBOOKS:
+        before, after = (nbformat.read(p, as_version=4) for p in (path, site/'ko'/'notebooks'/path.name))
+        nbformat.validate(after)
+        assert [c for c in before.cells if c.cell_type != 'markdown'] == [c for c in after.cells if c.cell_type != 'markdown']
+        prose = '\n'.join(c.source for c in after.cells if c.cell_type == 'markdown').replace('\\|', '|')
+        left = [text for text in catalogue('ko', path.stem).values() if text not in prose]
+        assert len(left) <= 8, left     # captions of the contents, and what a cell without code prints, are not in a notebook
+
+
+def test_the_catalogues_are_complete(tmp_path):
+    "Extract the messages anew: none is new, none has changed, each has its Korean."
+    from babel.messages.pofile import read_po
+    subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '-b', 'gettext', '-c', ROOT/'docs', '-d', tmp_path/'doctrees', ROOT/'nbs', tmp_path/'pot'], check=True)
+    missing = []
+    for template in sorted((tmp_path/'pot').rglob('*.pot')):
+        name = template.relative_to(tmp_path/'pot').with_suffix('.po')
+        path = ROOT/'docs'/'locale'/'ko'/'LC_MESSAGES'/name
+        if not path.is_file(): missing.append(f'{name}: no catalogue'); continue
+        done = {m.id for m in read_po(path.open('rb')) if m.id and m.string and not m.fuzzy}
+        missing += [f'{name}: {m.id[:80]}' for m in read_po(template.open('rb')) if m.id and m.id not in done]
+    assert not missing, f'{len(missing)} messages without Korean; `make po`, then translate: ' + '\n'.join(missing[:20])
+
+
+def test_markdown_copies_and_llms_txt(site):
+    for folder in (site, site/'ko'):
+        listed = re.findall(r'\]\(https://[^)]*/kofinetune/(?:ko/)?([\w/]+\.md)\)', (folder/'llms.txt').read_text(encoding='utf-8'))
+        assert {f'{path.stem}.md' for path in NOTEBOOKS} <= set(listed) and {'api/data.md', 'troubleshooting.md'} <= set(listed)
+        for name in listed: assert (folder/name).read_text(encoding='utf-8').startswith('# ')
+
+
+def test_sitemap_names_pages_that_exist(site, pages):
+    root = ElementTree.parse(site/'sitemap.xml').getroot()
+    listed = {e.text.split('/kofinetune/')[1] for e in root.iterfind('.//{*}loc')}
+    assert {'index.html', 'ko/index.html', '00_data.html', 'ko/api/data.html'} <= listed <= set(pages)
+
+
+def test_search_finds_korean_inside_words_and_symbols(site):
+    for folder in (site, site/'ko'):
+        text = (folder/'searchindex.js').read_text(encoding='utf-8')
+        index = json.loads(text[len('Search.setIndex('):-1])
+        assert '조정' in index['terms'] or '학교' in index['terms']
+        assert 'format_prompt' in json.dumps(index['objects']) and 'format_prompt' in index['terms']
+
+
+def test_card_and_lost_pages(site):
+    card = (site/'_static'/'card.png').read_bytes()
+    assert card.startswith(b'\x89PNG') and len(card) > 10_000
+    lost = (site/'404.html').read_text(encoding='utf-8')
+    assert 'href="/kofinetune/index.html"' in lost and '페이지' in lost
