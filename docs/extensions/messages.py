@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from sphinx.transforms import SphinxTransform
 
 CATALOGUES = Path(__file__).parents[1]/'locale'
-NO_WORDS = re.compile(r'(\{\w+\})?`[^`]*`|\]\([^)]*\)|<[^>]*>|[^A-Za-z]')   # code, links' targets, all but letters
+NO_WORDS = re.compile(r'(\{\w+\})?`[^`]*`|\]\([^)]*\)|<[^>]*>|\d to |[^A-Za-z]')   # code, links' targets, intervals, all but letters
 CELL_BORDER = re.compile(r'(?<!\\)\|')
 parser = MarkdownIt('commonmark').enable('table')
 

@@ -8,6 +8,8 @@ from execnb.nbio import dict2nb
 from nbdev import processors
 from nbdev.process import NBProcessor
 
+from .messages import catalogue
+
 # What nbdev does for its own site, less what belongs to Quarto alone; show_doc is answered by reference.py.
 PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processors.add_show_docs, processors.strip_ansi,
               processors.hide_line, processors.filter_stream_, processors.rm_header_dash, processors.rm_export,
@@ -15,6 +17,7 @@ PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processo
 # A directive, its value, and the tag by which MyST-NB does the same.
 TAGS = {('echo:', 'false'): 'remove-input', ('output:', 'false'): 'remove-output', ('include:', 'false'): 'remove-cell',
         ('code-fold:', 'true'): 'hide-input', ('code-fold:', 'show'): 'hide-input'}
+FILE_LINK = re.compile(r'\[([^\]]+)\]\((?!https?:)[^)]*\)')   # in what a cell printed: to a file of its run
 
 
 def read_notebook(app, docname, source):
@@ -27,18 +30,19 @@ def read_notebook(app, docname, source):
     cells, heading = [], ''
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': heading = next(iter(re.findall('^#+ (.+)$', cell.source, re.M)[::-1]), heading)
-        cells.append(convert(cell, heading))
+        cells.append(convert(cell, heading, catalogue(app.config.language, docname)))
+    if app.builder.name == 'gettext': cells += [markdown(alt) for cell in notebook.cells if (alt := described(cell))]
     if docname == 'index': cells.append(markdown(contents(path.parent)))
     for number, cell in enumerate(cells): cell['id'] = f'cell-{number}'
     source[0] = json.dumps(dict(cells=cells, metadata=json.loads(source[0])['metadata'], nbformat=4, nbformat_minor=5))
 
 
-def convert(cell, heading):
+def convert(cell, heading, messages):
     "A cell as nbdev left it, as MyST-NB wants it."
     if cell.cell_type == 'raw': return markdown(front_matter(yaml.safe_load(cell.source.strip().strip('-'))))
     if cell.cell_type == 'markdown': return markdown(to_myst(cell.source))
     if shown := re.match(r'show_doc\(([\w.]+)', cell.source): return markdown(f'```{{shown}} {shown[1]}\n```')
-    return code(cell, heading)
+    return code(cell, described(cell) or heading, messages)
 
 
 def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
@@ -64,11 +68,17 @@ def callout(found):
     return f':::{{admonition}} {title[1] if title else kind.title()}\n:class: {kind}{fold}\n'
 
 
-def code(cell, heading):
-    "A code cell with Quarto's directives as tags and options. A picture is described by `fig-alt`, or else by its heading."
-    said = {name: ' '.join(values).strip('"\'') for name, values in cell.directives_.items()}
+def options(cell): return {name: ' '.join(values).strip('"\'') for name, values in cell.get('directives_', {}).items()}
+def described(cell): return options(cell).get('fig-alt:') or options(cell).get('fig-cap:')
+
+
+def code(cell, alt, messages):
+    "A code cell with Quarto's directives as tags. A picture is described by `fig-alt`, or else by the heading above it."
+    said = options(cell)
     tags = list(cell.metadata.get('tags', [])) + [tag for (name, value), tag in TAGS.items() if said.get(name) == value]
-    alt = said.get('fig-alt:') or said.get('fig-cap:') or heading
+    alt = messages.get(alt, alt).replace('`', '')   # MyST-NB makes pictures too late for Sphinx to translate their texts
+    for output in cell.get('outputs', []):
+        if printed := output.get('data', {}).get('text/markdown'): output['data']['text/markdown'] = FILE_LINK.sub(r'\1', ''.join(printed))
     return dict(cell_type='code', execution_count=cell.get('execution_count'), outputs=cell.get('outputs', []),
                 metadata=dict(tags=tags, mystnb=dict(image=dict(alt=alt))),
                 source=re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n'))
