@@ -1,17 +1,20 @@
-# make run | test | docs | lab: each makes .venv when absent.
+# make run | test | faults | docs | lab: each makes .venv when absent.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.export import server_version; sys.exit(not server_version())'
 
-.PHONY: run test check docs lab
+.PHONY: run test faults check docs lab
 run: $(READY)
 	$(BIN)/kofinetune run
 
 test: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
 	$(BIN)/pytest -q -rs --durations=10 tests
+
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
 
 check: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check

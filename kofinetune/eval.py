@@ -12,12 +12,12 @@ __all__ = ['NOUN', 'PARTICLE', 'NOT_NOUNS', 'REPORT_SCHEMA', 'JUDGE_PROMPT', 'VE
            'weigh_judge', 'load_tasks', 'choice_task', 'run_tasks', 'benchmark', 'read_run', 'shared_rows',
            'compare_runs', 'comparison_table', 'plot_runs']
 
-# %% ../nbs/04_eval.ipynb #0a291cdb
+# %% ../nbs/04_eval.ipynb #0388d3b7
 import json, math, random, re
 from collections import Counter
 from pathlib import Path
 
-from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need, read_jsonl,
+from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need, note, read_jsonl,
                              speech_levels, stage, write_json, write_jsonl)
 from .export import load_gguf
 from .rehearsal import PAIRS, Word
@@ -327,16 +327,17 @@ def side_by_side(
     return pd.DataFrame([dict(question=_question(rows[i]), wanted=rows[i]['output'], base=both[i][0], tuned=both[i][1],
                               outcome=ends[i]) for i in chosen], index=chosen)
 
-# %% ../nbs/04_eval.ipynb #ec06df2e
+# %% ../nbs/04_eval.ipynb #717c1f4f
 def evaluate(
     recipe: Recipe,       # eval_rows, max_new_tokens, style
     run: Path,            # a run whose exported files are there
     force: bool = False,  # evaluate again
 ) -> dict:                # report.json
     "Judge base, tuned, merged and every GGUF file on the held-out rows, and write the report, its plots and all answers."
+    run = Path(run)
     def make(folder):
         rows, held_out = _judged_rows(recipe, run)
-        taught = read_jsonl(Path(run)/'data'/'train.jsonl')
+        taught = read_jsonl(run/'data'/'train.jsonl')
         nouns = known_nouns([row[field] for row in taught + rows for field in ('instruction', 'input', 'output')])
         models, answers, scored = {}, {}, {}
         for name in ('base', 'tuned', 'merged', *(f'gguf-{dtype}' for dtype in recipe.gguf)):
@@ -344,6 +345,7 @@ def evaluate(
             scored[name] = answer_nll(model, tok, rows, recipe.style, recipe.max_length)
             answers[name] = generate(model, tok, rows, recipe.style, recipe.max_new_tokens)
             models[name] = summarize(scored[name], recipe.seed) | describe_answers(rows, answers[name], nouns)
+            note(run, f'eval: {name} judged, answer loss {models[name]["answer_nll"]:.3f}')
             del model
         report = dict(rows=len(rows), held_out=held_out, recipe=recipe.name, base=recipe.base, models=models,
                       differences=_differences(scored, recipe.seed), training=_training(run)) | _cases(rows, answers)

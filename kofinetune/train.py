@@ -9,15 +9,15 @@ __all__ = ['SEAL', 'CALIBRATION', 'NEED_MORE', 'pick_device', 'is_sharded', 'loa
            'save_trained', 'estimate', 'checkpoint_fault', 'open_checkpoints', 'train_on', 'finetune', 'check_names',
            'base_name', 'plot_loss', 'load_tuned', 'answer_one']
 
-# %% ../nbs/01_qlora_train.ipynb #05a5c59a
+# %% ../nbs/01_qlora_train.ipynb #67de459c
 import json, math, os, platform, re, resource, shutil, tempfile, time
 from pathlib import Path
 
-from .data import (Recipe, _difference, file_hashes, format_answer, format_prompt, need, rank, read_jsonl,
+from .data import (Recipe, _difference, file_hashes, format_answer, format_prompt, need, note, rank, read_jsonl,
                              stage, stage_inputs, world_size, write_json, write_jsonl)
 from .rehearsal import base_path
 
-# %% ../nbs/01_qlora_train.ipynb #ff2c42e3
+# %% ../nbs/01_qlora_train.ipynb #f26b17bc
 def pick_device(
     recipe: Recipe,  # its dtype may ask for bf16 or fp32
 ):                   # (torch.device, torch.dtype)
@@ -70,11 +70,13 @@ def _load_model(recipe, quant, dtype=None, path=None):
 
 def _from_hub(auto_class, recipe, path=None, **options):
     "Call `from_pretrained`, and turn the Hub's refusals into one line."
+    import httpx2
     path = path or base_path(recipe.base)
     try: return auto_class.from_pretrained(path, revision=recipe.revision or 'main', **options)
-    except OSError as e:
+    except (OSError, httpx2.HTTPError) as e:
         raise RuntimeError(
-            f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); if it is gated, accept its licence at '
+            f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); if the network failed, run the same command '
+            'again: it goes on where it broke off. If the base is gated, accept its licence at '
             f'https://huggingface.co/{recipe.base} and run: hf auth login. Without an account: --set base=rehearsal') from None
 
 # %% ../nbs/01_qlora_train.ipynb #06c9bf0a
@@ -230,7 +232,7 @@ def count_steps(
     steps = ceil(ceil(batches / recipe.grad_accum) * recipe.epochs)
     return dict(rows=rows, tokens=tokens, sequences=sequences, steps=steps)
 
-# %% ../nbs/01_qlora_train.ipynb #5ae2b619
+# %% ../nbs/01_qlora_train.ipynb #31454ba4
 SEAL = 'sealed.json'
 
 def make_callbacks(
@@ -267,6 +269,10 @@ def keeper():   # a transformers.TrainerCallback
                     raise RuntimeError(f'{key} is {logs[key]} at step {state.global_step}; lower learning_rate (it is '
                                        f'{args.learning_rate}) and begin again with --force; {args.output_dir} keeps the '
                                        'last good checkpoint')
+            losses = ''.join(f', {key} {logs[key]:.4g}' for key in ('loss', 'eval_loss') if key in logs)
+            left = f', {max(0, self.predicted - time.monotonic() + self.start):,.0f} s left' if self.predicted else ''
+            if losses and state.is_world_process_zero:
+                note(Path(args.output_dir).parent, f'adapter: step {state.global_step} of {state.max_steps}{losses}{left}')
         def on_save(self, args, state, control, **kwargs):
             if args.world_size > 1: torch.distributed.barrier()      # every process has written its part
             seconds = time.monotonic() - self.start
@@ -523,7 +529,7 @@ def _mean_loss(log):
     for entry in (e for e in log if 'loss' in e): total, last = total + entry['loss'] * (entry['step'] - last), entry['step']
     return total / last
 
-# %% ../nbs/01_qlora_train.ipynb #b42d0efe
+# %% ../nbs/01_qlora_train.ipynb #37a81bd8
 def finetune(
     recipe: Recipe,       # everything under data and train
     run: Path,            # a run whose data stage is done
@@ -538,7 +544,7 @@ def finetune(
         if world_size() > 1: checkpoint = _say(news=checkpoint)[1]
         model, tok = load_base(recipe)
         if recipe.adapter == 'lora': model = add_lora(model, recipe)
-        dataset, left_out = encode_rows(read_jsonl(Path(run)/'data'/'train.jsonl'), tok, recipe)
+        dataset, left_out = encode_rows(read_jsonl(need(run, 'data')/'train.jsonl'), tok, recipe)
         held_out, _ = encode_rows(read_jsonl(Path(run)/'data'/'valid.jsonl'), tok, recipe)
         trainer = make_trainer(model, tok, dataset, held_out, recipe, checkpoints)
         trainable = count_trainable(model)
