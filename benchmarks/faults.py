@@ -1,7 +1,7 @@
 """Break every stage in every way we can think of, give the same command again, and compare with a run that nothing disturbed.
 
     make faults
-    python benchmarks/faults.py --json benchmarks/results/faults.json [--kills 20] [--signals 2] [--stages data,train] [--seed 0] [--quick]
+    python benchmarks/faults.py --json benchmarks/results/faults.json [--kills 20] [--signals 1] [--stages data,train] [--seed 0] [--quick]
 
 A fault is survived when the command that was broken ends as it should (killed, or one line that says what to do), the same command
 again ends with 0, the stage's files are byte for byte those of the undisturbed run (but for the seconds that training took), the
@@ -254,8 +254,9 @@ def signals(bench, command, chance, times, quick):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     for number in (chance.choice(numbers),) if quick else numbers:
         for _ in range(times):
-            run, earlier, job, moment = disturbed(bench, command, chance, lambda pid, run: os.kill(pid, number))
-            job.wait()
+            while True:
+                run, earlier, job, moment = disturbed(bench, command, chance, lambda pid, run: os.kill(pid, number))
+                if job.wait() or job.naps > 20: break          # 0 at once: it was done when the signal came
             wrong = one_line(job, number.name if number != signal.SIGINT else 'interrupted', 'go on with: kofinetune ' + command) if job.code != -number else []
             if job.naps > 60 * 200: wrong.append('it took more than a minute to stop')
             if (run/f'.{FOLDERS[command]}.partial').exists() and job.code == 1: wrong.append('it left a half-made folder')
@@ -319,9 +320,11 @@ def vanishing(bench, command, chance, times):
 def two_at_once(bench, command):
     run = bench.fresh(command, bench.work/'run')
     earlier, first = bench.touched(command, run), Job(bench, bench.command(command, 'run'))
-    while working_on(run) is None and first.running(): time.sleep(.001)
+    while not working_on(run) and first.running(): time.sleep(.001)
+    os.kill(first.pid, signal.SIGSTOP)              # asleep, it holds the run all the same
     second = Job(bench, bench.command(command, 'run'))
     second.wait()
+    os.kill(first.pid, signal.SIGCONT)
     wrong = one_line(second, f'in use by another process, {first.pid}')
     if first.wait(): wrong.append(f'the first ended with {first.code}: {first.text[-500:]}')
     bench.again(command, 'two at once', command, run, earlier, second, wrong, 'at the start')
@@ -373,6 +376,11 @@ def large_source(bench, chance, times):
         bench.record('data, on disk', 'kill -9 at a random moment', wrong, '', f'{share * job.seconds:.2f} s')
 
 
+class Quiet(ThreadingHTTPServer):
+    "A server that does not print when a client has gone."
+    def handle_error(self, request, client_address): pass
+
+
 class Server(BaseHTTPRequestHandler):
     "An HTTP server that breaks off, says 500, or says nothing, as `faults` (a list, one entry a request) tells."
     protocol_version = 'HTTP/1.1'
@@ -392,7 +400,7 @@ class Server(BaseHTTPRequestHandler):
 def downloads(bench, chance):
     "A source that is downloaded: the network drops, the server fails, says nothing, sends another file; the process is killed."
     Server.body = write_jsonl(load_rows('rehearsal')[:80], bench.work/'remote.jsonl').read_bytes()
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Server)
+    server = Quiet(('127.0.0.1', 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(Server.body), licence='')}
     import pooch.downloaders
@@ -450,7 +458,7 @@ def hub_download(bench):
     from kofinetune.rehearsal import stand_in_base
     from huggingface_hub import constants
     Hub.folder = stand_in_base()
-    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server = Quiet(('127.0.0.1', 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, cache = f'http://127.0.0.1:{server.server_port}', str(bench.scratch/'hub')
     def before():
@@ -513,7 +521,7 @@ class OllamaProxy:
                 if self.command == 'HEAD': self.send_response(said.status_code); self.send_header('Content-Length', '0'); self.end_headers(); return
                 self.answer(said.status_code, content)
             do_GET = do_POST = do_HEAD = do_DELETE = do
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.server = Quiet(('127.0.0.1', 0), Handler)
         self.host = f'127.0.0.1:{self.server.server_port}'
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -564,7 +572,8 @@ def ollama_faults(bench, program, names, quick):
     folder.mkdir()
     server = Ollama(program, folder)
     proxy = OllamaProxy(server)
-    def before(): os.environ['OLLAMA_HOST'] = proxy.host; export.PATIENCE = 3
+    def before(): os.environ['OLLAMA_HOST'] = proxy.host
+    def hurried(): export.PATIENCE = 3
     def models(): return sorted(m['name'] for m in httpx.get(server.url + '/api/tags').json()['models'])
     def forget():
         for name in models(): httpx.request('DELETE', server.url + '/api/delete', json=dict(model=name))
@@ -577,7 +586,7 @@ def ollama_faults(bench, program, names, quick):
             def fails(p, m):
                 if p.startswith(path) and m == method and left[0]: left[0] -= 1; return fault
             proxy.fault = fails
-            job = Job(bench, bench.command('export', 'run'), [before])
+            job = Job(bench, bench.command('export', 'run'), [before, hurried] if fault == 'silent' else [before])
             job.wait()
             wrong = one_line(job, text, 'run the same command again')
             proxy.fault = lambda p, m: None
@@ -626,7 +635,7 @@ def main():
     parser.add_argument('--json', type=Path)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--kills', type=int, default=20, help='kill -9 of each stage, at random moments; half as many before file operations')
-    parser.add_argument('--signals', type=int, default=2, help='of each other fault of each stage')
+    parser.add_argument('--signals', type=int, default=1, help='of each other fault of each stage')
     parser.add_argument('--stages', default=','.join(COMMANDS.values()))
     parser.add_argument('--quick', action='store_true', help='one fault of each kind, and not all kinds for all stages: two minutes')
     parser.add_argument('--only', default='', help='a part of the names of the faults to try')

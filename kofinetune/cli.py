@@ -457,7 +457,7 @@ def push(run: RunArgument, repo: Annotated[str, typer.Argument(metavar='REPO', h
                          'a model made of them; say that you know with --accept-noncommercial')
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({"public" if public else "private"})')
 
-# %% ../nbs/b_cli.ipynb #1a858453
+# %% ../nbs/b_cli.ipynb #abdd0381
 class Interrupted(BaseException):
     "A signal asked the process to stop. No library catches it, as some do KeyboardInterrupt."
 
@@ -468,6 +468,14 @@ def _stop(number, frame):
     signal.signal(number, signal.SIG_DFL)
     raise Interrupted(SIGNALS[signal.Signals(number).name])
 
+def _stop_again(unraisable):
+    "An exception in a destructor is dropped by Python: raise this one again, in a moment and elsewhere."
+    if not isinstance(unraisable.exc_value, Interrupted): return sys.__unraisablehook__(unraisable)
+    text = str(unraisable.exc_value)
+    def stop(number, frame): raise Interrupted(text)
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, .05)
+
 def main():
     "Run the command; the console script's entry."
     for name, value in dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false',
@@ -476,6 +484,7 @@ def main():
     warnings.filterwarnings('ignore', category=FutureWarning)   # renamings inside peft and TRL
     numbers = [getattr(signal, name) for name in SIGNALS]
     before = {n: signal.signal(n, _stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}   # nohup ignores SIGHUP
+    sys.unraisablehook = _stop_again
     try: app(prog_name='kofinetune')
     except (ValueError, FileNotFoundError) as e: _fail(e, 2)
     except Interrupted as e:
@@ -483,6 +492,7 @@ def main():
         _fail('; '.join([str(e), *getattr(e, '__notes__', ())]) + f'; go on with: kofinetune {shlex.join(sys.argv[1:])}', 1)
     except Exception as e: _fail(e if isinstance(e, (RuntimeError, OSError)) else f'{type(e).__name__}: {e}', 1)
     finally:
+        sys.unraisablehook = sys.__unraisablehook__
         for number, handler in before.items(): signal.signal(number, handler)
 
 def _fail(message, code):

@@ -1022,7 +1022,7 @@ def need(
         if file != 'verify.json': raise (ValueError if (folder/file).is_file() else FileNotFoundError)(fault)
     return folder
 
-# %% ../nbs/00_data.ipynb #6f544f65
+# %% ../nbs/00_data.ipynb #d9c78206
 def stage_inputs(
     recipe: Recipe,    # what was asked
     run: Path,         # the run folder
@@ -1139,9 +1139,15 @@ def _trouble(error, run, name, manifest, scaffold):
     if gone and not (run/name).is_dir(): return f'{gone[0]} vanished while {name} was made; go on with: kofinetune run --run {run}'
     why, place = _os_error(error)
     if why in FULL: return (f'{run/name} could not be written ({os.strerror(why)}); {shutil.disk_usage(run).free:,} bytes are '
-                            'free there. Make room, then run the same command again')
+                            f'free there{_file_limit()}. Make room, then run the same command again')
     if why in READ_ONLY and run.resolve() in Path(place or run/name).resolve().parents:
         return f'{run/name} could not be written ({os.strerror(why)}); mend that, then run the same command again'
+
+def _file_limit():
+    "Say how large a file may be here, where there is such a limit."
+    import resource
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return '' if limit == resource.RLIM_INFINITY else f', and no file may have more than {limit:,} (ulimit -f)'
 
 def _os_error(error):
     "Find the system's number and the path in what an error came from; Rust gives the number in a text, numpy none."
