@@ -51,6 +51,7 @@ class Job:
         code = 70
         try:
             os.setsid()
+            for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)     # nohup and & ignore them
             out = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1); os.dup2(out, 2)
             os.chdir(bench.work)
@@ -77,11 +78,25 @@ class Job:
             if self.naps == most * 200: os.kill(self.pid, signal.SIGKILL); self.hung = True
             time.sleep(.005)
 
+    def orphans(self):
+        "Processes that it started and that are still there a moment after its end; they are ended."
+        for _ in range(40):
+            left = [int(p.name) for p in Path('/proc').glob('[0-9]*') if session(p) == str(self.pid)]
+            if not left: return []
+            time.sleep(.05)
+        for pid in left: os.kill(pid, signal.SIGKILL)
+        return [f'{len(left)} processes are left']
+
     @property
     def text(self): return self.out.read_text(encoding='utf-8', errors='replace')
 
     @property
     def errors(self): return [line for line in self.text.splitlines() if line.startswith('kofinetune: ')]
+
+
+def session(process):
+    "The session that a process of /proc belongs to."
+    with contextlib.suppress(OSError): return (process/'stat').read_text().rsplit(')', 1)[1].split()[3]
 
 
 def file_size(limit): return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -178,7 +193,7 @@ class Bench:
 
     def again(self, stage, fault, command, run, earlier, broken, wrong, moment, args=None, before=()):
         "Give the same command again, and judge."
-        if getattr(broken, 'hung', False): wrong = [*wrong, 'it hung']
+        wrong = [*wrong, *broken.orphans(), *['it hung'] * hasattr(broken, 'hung')]
         if self.before(command) and fault not in VANISHING and self.touched(command, run) != earlier: wrong = [*wrong, 'it touched an earlier stage']
         job = Job(self, args or self.command(command, run), before)
         if job.wait(): wrong = [*wrong, f'the same command again ends with {job.code}: {job.errors or job.text[-800:]}']
@@ -218,8 +233,9 @@ def disturbed(bench, command, chance, act, prepare=None, before=(), extra=()):
 
 def kills(bench, command, chance, times):
     for _ in range(times):
-        run, earlier, job, moment = disturbed(bench, command, chance, lambda pid, run: os.kill(pid, signal.SIGKILL))
-        job.wait()
+        while True:
+            run, earlier, job, moment = disturbed(bench, command, chance, lambda pid, run: os.kill(pid, signal.SIGKILL))
+            if job.wait(): break          # 0: it was done when the signal came
         bench.again(command, 'kill -9 at a random moment', command, run, earlier, job, [] if job.code == -9 else ['not killed'], moment)
 
 
@@ -369,7 +385,7 @@ def large_source(bench, chance, times):
             while killed.running() and time.monotonic() - killed.start < share * job.seconds: time.sleep(.001)
             if killed.running(): os.kill(killed.pid, signal.SIGKILL); break
         killed.wait()
-        again, wrong = Job(bench, args, before), []
+        wrong, again = killed.orphans(), Job(bench, args, before)
         if again.wait(): wrong.append(f'the same command again ends with {again.code}: {again.errors}')
         elif bench.artifacts(bench.work/'run'/'data') != whole: wrong.append('data differs')
         wrong += [f'{p.name} is left' for p in (bench.work/'run').iterdir() if p.name not in ('data', 'recipe.json', 'manifest.json', '.lock', 'log.txt')]
@@ -645,7 +661,8 @@ def main():
     warm_up()
     program = args.ollama or shutil.which('ollama') or next((str(p) for p in [Path.home()/'go'/'bin'/'ollama'] if p.is_file()), 'none')
     with tempfile.TemporaryDirectory(prefix='faults-') as scratch:
-        bench = Bench(scratch, args.seed, list(COMMANDS.values()), can_mount(scratch))
+        order = list(COMMANDS.values())
+        bench = Bench(scratch, args.seed, order[:max(map(order.index, wanted)) + 1], can_mount(scratch))
         print('undisturbed, seconds: ' + ', '.join(f'{c} {s:.1f}' for c, s in bench.seconds.items()), flush=True)
         if not bench.can_mount: not_tried.append('a full tmpfs, which needs root that may mount' + (
             ', and a read-only folder, which root writes to' if not os.geteuid() else ''))

@@ -19,8 +19,8 @@ __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'ST
            'stage', 'note', 'sweep', 'prepare', 'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out',
            'prepare_large', 'write_split']
 
-# %% ../nbs/00_data.ipynb #f890d7d0
-import csv, errno, hashlib, io, json, math, os, random, re, shutil, time, tomllib, unicodedata, zlib
+# %% ../nbs/00_data.ipynb #ab6411c5
+import csv, errno, hashlib, io, json, math, os, random, re, shutil, signal, time, tomllib, unicodedata, zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -1234,7 +1234,7 @@ def scan_part(
 
 SCANNED = dict(line='large_string', fault='string', changed='bool', flags='int64', copy='int64', question='int64')
 
-# %% ../nbs/00_data.ipynb #0f024431
+# %% ../nbs/00_data.ipynb #ae222866
 def scan_large(
     source: Path,            # a .jsonl file
     cache: Path,             # a folder for Arrow files
@@ -1246,11 +1246,21 @@ def scan_large(
     from datasets import Dataset, Features, Value
     path, start, end = zip(*file_parts(source))
     parts = Dataset.from_dict(dict(path=path, start=start, end=end))
-    return parts.map(scan_part, batched=True, batch_size=1, remove_columns=parts.column_names,
-                     num_proc=processes if min(processes, len(parts)) > 1 else None,
-                     features=Features({name: Value(type) for name, type in SCANNED.items()}),
-                     fn_kwargs=dict(normalize=recipe.normalize, seed=recipe.seed, names=names),
-                     cache_file_name=str(Path(cache)/'rows.arrow'), new_fingerprint='rows')
+    with _workers_end_with_us():
+        return parts.map(scan_part, batched=True, batch_size=1, remove_columns=parts.column_names,
+                         num_proc=processes if min(processes, len(parts)) > 1 else None,
+                         features=Features({name: Value(type) for name, type in SCANNED.items()}),
+                         fn_kwargs=dict(normalize=recipe.normalize, seed=recipe.seed, names=names),
+                         cache_file_name=str(Path(cache)/'rows.arrow'), new_fingerprint='rows')
+
+@contextmanager
+def _workers_end_with_us():
+    "Let Linux end the processes that are forked in the block when this one is killed: they would wait for work for ever."
+    import ctypes
+    prctl, on = getattr(ctypes.CDLL(None), 'prctl', None), [True]
+    if prctl: os.register_at_fork(after_in_child=lambda: on and prctl(1, signal.SIGKILL))   # 1: PR_SET_PDEATHSIG
+    try: yield
+    finally: on.clear()
 
 def hold_out(
     questions,         # array of hashes, one a row
