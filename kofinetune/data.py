@@ -1022,17 +1022,18 @@ def need(
         if file != 'verify.json': raise (ValueError if (folder/file).is_file() else FileNotFoundError)(fault)
     return folder
 
-# %% ../nbs/00_data.ipynb #d9c78206
+# %% ../nbs/00_data.ipynb #4ebc53ab
 def stage_inputs(
     recipe: Recipe,    # what was asked
     run: Path,         # the run folder
     name: str,         # a key of STAGES
     source: str = '',  # identity of what comes from outside the run
 ) -> dict:             # {'recipe': the fields that decide it, 'upstream': hashes of the stage before}
-    "Say what the stage `name` is made of. Raises FileNotFoundError where the stage before it is missing."
+    "Say what the stage `name` is made of. Raises where a stage that it reads is missing or not what was written."
     order = list(STAGES)
     before = ['merged', 'ollama'] if name == 'eval' else order[:order.index(name)][-1:]
-    for earlier in before: need(run, earlier)
+    others = [e for e in order[:order.index(name)] if e not in before and (name, e) != ('ollama', 'adapter')]   # read too
+    for earlier in before + others: need(run, earlier)
     manifest = read_manifest(run)
     return dict(recipe=json.loads(json.dumps({f: getattr(recipe, f) for f in stage_fields(name)})),
                 upstream={e: _made_files(manifest, e) for e in before} | {'source': source})
