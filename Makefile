@@ -1,11 +1,11 @@
-# make run | test | docs | links | po | lab: each makes .venv when absent.
+# make run | test | check | audit | docs | links | po | lab | lock: each makes .venv when absent.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.export import server_version; sys.exit(not server_version())'
 
-.PHONY: run test check docs links po lab
+.PHONY: run test check audit docs links po lab lock
 run: $(READY)
 	$(BIN)/kofinetune run
 
@@ -16,15 +16,15 @@ test: $(READY)
 check: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check
 
-docs: $(VENV)/.docs-ready
+docs: $(READY)
 	$(BIN)/python docs/build.py
 
 # Whether every link of every page leads somewhere; asks the network.
-links: $(VENV)/.docs-ready
+links: $(READY)
 	$(BIN)/sphinx-build -q -b linkcheck -c docs nbs build/linkcheck
 
 # The messages of every page, and the Korean catalogues with them; what is new or has changed is left to translate.
-po: $(VENV)/.docs-ready
+po: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b gettext -c docs nbs build/gettext
 	$(BIN)/sphinx-intl update -p build/gettext -d docs/locale -l ko -w 0 --no-obsolete
 
@@ -32,13 +32,18 @@ po: $(VENV)/.docs-ready
 lab: $(READY)
 	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
 
-$(READY): settings.ini setup.py .ci/constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11")'
+$(READY): settings.ini setup.py .ci/requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "Python 3.11.5 or newer is needed; name one with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[dev,bench]'
+	sed -n '/^\(packaging\|pip\|setuptools\|wheel\)==/,/[^\]$$/p' .ci/requirements.lock >$(VENV)/first.lock
+	$(BIN)/python -m pip install -q --require-hashes -r $(VENV)/first.lock
+	$(BIN)/pip install -q --require-hashes --no-build-isolation -r .ci/requirements.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.docs-ready: $(READY)
-	$(BIN)/pip install -q -c .ci/constraints.txt -e '.[docs]'
-	touch $@
+# Write .ci/requirements.lock anew, after a change of the dependencies in settings.ini.
+lock:
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/lock
+
+audit: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/audit

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'DebugOption', 'RunArgument', 'WHAT', 'MEASURES',
-           'LICENCES', 'parse_setting', 'resolve', 'stage_function', 'run_all', 'summary_rows', 'summary',
+           'LICENCES', 'SECRET', 'parse_setting', 'resolve', 'stage_function', 'run_all', 'summary_rows', 'summary',
            'estimate_command', 'ask', 'verify', 'compare', 'push_files', 'metrics_table', 'card_data', 'how_to_run',
-           'model_card', 'push_run', 'hub_trouble', 'push', 'main']
+           'model_card', 'push_run', 'hub_trouble', 'push', 'without_secrets', 'main']
 
-# %% ../nbs/b_cli.ipynb #38d9c02e
+# %% ../nbs/b_cli.ipynb #b0c647b2
 import json, os, re, sys, warnings
 from dataclasses import fields
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Annotated
 
 import typer
 
-from .data import COMMANDS, PRESETS, Recipe, format_prompt, need, rank, read_jsonl, read_manifest, world_size
+from .data import (COMMANDS, PRESETS, Recipe, format_prompt, nearest, need, rank,
+                             read_jsonl, read_manifest, world_size)
 
-# %% ../nbs/b_cli.ipynb #fd97b578
+# %% ../nbs/b_cli.ipynb #6a0def58
 def parse_setting(
     text: str,            # 'learning_rate=1e-4'
 ) -> tuple[str, object]:  # the field's name, and the value in the field's type
@@ -26,30 +27,34 @@ def parse_setting(
     name, equals, value = text.partition('=')
     kinds = {f.name: f.type for f in fields(Recipe)}
     if not equals: raise ValueError(f'--set {text!r} has no "="; write --set learning_rate=1e-4')
-    if name not in kinds: raise ValueError(f'a recipe has no field {name!r}; it has {", ".join(kinds)}')
+    if name not in kinds:
+        raise ValueError(f'a recipe has no field {name!r}{nearest(name, kinds)}; '
+                         f'it has {", ".join(kinds)}')
     kind = kinds[name]
     if kind is bool and value.lower() in ('true', 'false'): return name, value.lower() == 'true'
     try:
         if kind in (str, int, float): return name, kind(value)
     except ValueError: pass
-    if kind in (bool, int, float): raise ValueError(f'{name} is {value!r}; it must be {kind.__name__}')
+    if kind in (bool, int, float):
+        raise ValueError(f'{name} is {value!r}; it must be {kind.__name__}')
     return name, tuple(v for v in value.split(',') if v)
 
-# %% ../nbs/b_cli.ipynb #3f33444a
+# %% ../nbs/b_cli.ipynb #9c41e63a
 def resolve(
     recipe: str | None,   # a preset's name or a file
     run: Path | None,     # a run folder
     settings: list[str],  # --set values
 ) -> tuple[Recipe, Path]:  # what was asked, and where
     "Work out the recipe and the run folder of a command line."
-    if recipe is None and run is not None and (Path(run)/'recipe.json').is_file(): chosen = Recipe.load(Path(run)/'recipe.json')
+    if recipe is None and run is not None and (Path(run)/'recipe.json').is_file():
+        chosen = Recipe.load(Path(run)/'recipe.json')
     elif recipe is None or recipe in PRESETS: chosen = Recipe.named(recipe or 'rehearsal')
     elif Path(recipe).suffix in ('.toml', '.json'): chosen = Recipe.load(Path(recipe))
     else: chosen = Recipe.named(recipe)
     chosen = chosen.replace(**dict(map(parse_setting, settings)))
     return chosen, Path(run) if run is not None else Path('runs')/chosen.name
 
-# %% ../nbs/b_cli.ipynb #9dc823f1
+# %% ../nbs/b_cli.ipynb #8991b9e7
 def stage_function(
     name: str,  # a command: data, train, merge, export, eval
 ):              # the function that does it
@@ -61,18 +66,23 @@ def stage_function(
     else: from kofinetune.eval import evaluate as f
     return f
 
-app = typer.Typer(name='kofinetune', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name='kofinetune', no_args_is_help=True, add_completion=False,
+                  pretty_exceptions_enable=False,
                   help='Fine-tune a small language model in Korean, serve it with Ollama, and prove what changed.',
                   epilog='Recipes: ' + ', '.join(PRESETS) + '. Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.')
 
-RecipeOption = Annotated[str, typer.Option('--recipe', metavar='NAME|FILE', help='blog, best, rehearsal, or a .toml or .json file.')]
-RunOption = Annotated[Path, typer.Option('--run', metavar='DIR', help='The run folder. Default: runs/<name of the recipe>.')]
-SetOption = Annotated[list[str], typer.Option('--set', metavar='KEY=VALUE', help='Change one field of the recipe; may be repeated.')]
-ForceOption = Annotated[bool, typer.Option('--force', help='Make it again, even where it is there.')]
+RecipeOption = Annotated[str, typer.Option('--recipe', metavar='NAME|FILE',
+                                           help='blog, best, rehearsal, or a .toml or .json file.')]
+RunOption = Annotated[Path, typer.Option('--run', metavar='DIR',
+                                         help='The run folder. Default: runs/<name of the recipe>.')]
+SetOption = Annotated[list[str], typer.Option('--set', metavar='KEY=VALUE',
+                                              help='Change one field of the recipe; may be repeated.')]
+ForceOption = Annotated[bool, typer.Option('--force',
+                                           help='Make it again, even where it is there.')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]
 RunArgument = Annotated[Path, typer.Argument(metavar='RUN', help='A finished run folder.')]
 
-# %% ../nbs/b_cli.ipynb #35d38db2
+# %% ../nbs/b_cli.ipynb #a2a497ed
 def _stage_command(name, what):
     "Add the command of one stage."
     def command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
@@ -86,17 +96,20 @@ def _stage_command(name, what):
 def run_all(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
             force: ForceOption = False, debug: DebugOption = False):
     "Every stage in order, skipping the finished ones, and a table at the end."
+    from kofinetune.export import check_name
     chosen, where = resolve(recipe, run, settings)
+    check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')    # now, not after the training
     for number, name in enumerate(COMMANDS.values(), 1):
         typer.echo(f'[{number}/{len(COMMANDS)}] {name}')
         stage_function(name)(chosen, where, force=force)
     summary(where)
 
 for _name, _what in {'data': 'Rows: load, audit, split.', 'train': 'QLoRA: train the adapter.',
-                     'merge': 'One model of base and adapter.', 'export': 'GGUF files, a Modelfile, and Ollama where it answers.',
+                     'merge': 'One model of base and adapter.',
+                     'export': 'GGUF files, a Modelfile, and Ollama where it answers.',
                      'eval': 'Base, tuned, merged and every exported file on the held-out rows.'}.items(): _stage_command(_name, _what)
 
-# %% ../nbs/b_cli.ipynb #975ae1dd
+# %% ../nbs/b_cli.ipynb #d68468ae
 def summary_rows(
     run: Path,                     # a finished run
 ) -> list[tuple[str, str, str]]:   # what, before, after
@@ -105,15 +118,18 @@ def summary_rows(
     data, train, report = record['data'], record['adapter'], record['eval']
     base, tuned = report['models']['base'], report['models']['tuned']
     rows = [('rows trained on', '', f'{train["rows"]:,} of {data["rows"]:,} ({data["source"]})'),
-            ('tokens trained on', '', f'{train["num_tokens"]:,} in {train["train_runtime"]:.0f} s on {train["device"]}'),
+            ('tokens trained on', '',
+             f'{train["num_tokens"]:,} in {train["train_runtime"]:.0f} s on {train["device"]}'),
             ('rows judged on', '', f'{report["rows"]:,}, {"held out" if report["held_out"] else "NOT held out"}'),
-            ('answer loss, nats a token', f'{base["answer_nll"]:.3f}', f'{tuned["answer_nll"]:.3f}')]
+            ('answer loss, nats a token', f'{base["answer_nll"]:.3f}',
+             f'{tuned["answer_nll"]:.3f}')]
     if base['exact_match'] is not None:
         rows.append(('exact match', f'{base["exact_match"]:.1%}', f'{tuned["exact_match"]:.1%}'))
     drawn = read_jsonl(run/'eval'/'answers.jsonl')[0]
     rows.append((f'{drawn["instruction"]} {drawn["input"]}'.strip(), drawn['base'], drawn['tuned']))
     size = lambda p: f'{p.stat().st_size / 1e6:,.1f} MB'
-    for path in (run/'adapter'/'adapter_model.safetensors', run/'merged'/'model.safetensors', *sorted((run/'ollama').glob('*.gguf'))):
+    for path in (run/'adapter'/'adapter_model.safetensors', run/'merged'/'model.safetensors',
+                 *sorted((run/'ollama').glob('*.gguf'))):
         if path.is_file(): rows.append((str(path), '', size(path)))
     return rows + [('report', '', str(run/'eval'/'report.md'))]
 
@@ -125,14 +141,17 @@ def summary(
     from rich.table import Table
     table = Table(title=f'{run}', title_justify='left')
     for name in ('', 'base', 'tuned'): table.add_column(name, overflow='fold')
-    for what, before, after in summary_rows(Path(run)): table.add_row(what, before.replace('\n', '⏎'), after.replace('\n', '⏎'))
+    for what, before, after in summary_rows(Path(run)):
+        table.add_row(what, before.replace('\n', '⏎'), after.replace('\n', '⏎'))
     Console().print(table)
     if Recipe.load(Path(run)/'recipe.json').base == 'rehearsal':
-        typer.echo('The base is the stand-in of the rehearsal: this shows that the method works, not how well Gemma writes.')
+        typer.echo('The base is the stand-in of the rehearsal: '
+                   'this shows that the method works, not how well Gemma writes.')
 
-# %% ../nbs/b_cli.ipynb #32c47efd
+# %% ../nbs/b_cli.ipynb #31884eb3
 @app.command('estimate')
-def estimate_command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [], debug: DebugOption = False):
+def estimate_command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
+                     debug: DebugOption = False):
     "Tokens, steps, memory and time of the training, before spending them."
     from kofinetune.data import prepare
     from kofinetune.train import estimate
@@ -142,12 +161,14 @@ def estimate_command(recipe: RecipeOption = None, run: RunOption = None, setting
 
 @app.command('ask')
 def ask(run: RunArgument, question: Annotated[str, typer.Argument(help='The instruction.')],
-        given: Annotated[str, typer.Option('--input', help='The input that goes with it.')] = '', debug: DebugOption = False):
+        given: Annotated[str, typer.Option('--input', help='The input that goes with it.')] = '',
+        debug: DebugOption = False):
     "One answer from base and tuned, side by side."
     from kofinetune.train import answer_one, load_base, load_tuned
     need(run, 'adapter')
     chosen, row = Recipe.load(run/'recipe.json'), dict(instruction=question, input=given)
-    for name, (model, tok) in (('base', load_base(chosen, quant='none')), ('tuned', load_tuned(chosen, run))):
+    for name, (model, tok) in (('base', load_base(chosen, quant='none')),
+                               ('tuned', load_tuned(chosen, run))):
         typer.echo(f'{name}: {answer_one(model, tok, row, chosen.style, chosen.max_new_tokens)}')
 
 @app.command('verify')
@@ -157,14 +178,17 @@ def verify(run: RunArgument, debug: DebugOption = False):
     need(run, 'ollama')
     proof = verify_run(Recipe.load(run/'recipe.json'), run)
     for part in PARTS:
-        typer.echo(f'{part:>8}  ' + ', '.join(f'{k} {v}' for k, v in proof[part].items() if k != 'examples'))
+        typer.echo(f'{part:>8}  ' + ', '.join(f'{k} {v}'
+                                              for k, v in proof[part].items() if k != 'examples'))
     typer.echo(f'{run}/ollama/verify.json, server {proof.get("server") or "none"}')
     if proof['failed']: raise RuntimeError('; '.join(proof['failed']))
 
-# %% ../nbs/b_cli.ipynb #a0e503df
+# %% ../nbs/b_cli.ipynb #73598a0b
 @app.command('compare')
-def compare(runs: Annotated[list[Path], typer.Argument(metavar='RUN RUN...', help='Finished run folders; the first is what the others are compared with.')],
-            out: Annotated[Path, typer.Option('--out', metavar='DIR', help='Write compare.md, compare.json and compare.png there.')] = None,
+def compare(runs: Annotated[list[Path], typer.Argument(metavar='RUN RUN...',
+                                                       help='Finished run folders; the first is what the others are compared with.')],
+            out: Annotated[Path, typer.Option('--out', metavar='DIR',
+                                              help='Write compare.md, compare.json and compare.png there.')] = None,
             debug: DebugOption = False):
     "Finished runs side by side: measures with paired intervals, curves, cost, and the fields that differ."
     from kofinetune.eval import compare_runs, comparison_table
@@ -172,14 +196,15 @@ def compare(runs: Annotated[list[Path], typer.Argument(metavar='RUN RUN...', hel
     from rich.table import Table
     result = compare_runs(runs, out)
     head, *lines = comparison_table(result)
-    table = Table(title=f'{result["rows"]:,} rows that every run was judged on', title_justify='left')
+    table = Table(title=f'{result["rows"]:,} rows that every run was judged on',
+                  title_justify='left')
     for name in head: table.add_column(name, overflow='fold')
     for line in lines: table.add_row(*line)
     Console().print(table)
     for note in result['notes']: typer.echo(f'Note: {note}.')
     if out: typer.echo(f'compare: done, {out}/compare.md')
 
-# %% ../nbs/b_cli.ipynb #f362721b
+# %% ../nbs/b_cli.ipynb #264ddd4d
 WHAT = {'merged': ('merged', '', 'a model of transformers'),
         'adapter': ('adapter', 'adapter_', 'a LoRA adapter of peft'),
         'gguf': ('ollama', ('model-', 'Modelfile'), 'GGUF files for llama.cpp and Ollama')}   # stage, beginnings of names, kind
@@ -193,13 +218,17 @@ def push_files(
     name, begins, _ = WHAT[what]
     folder, record = need(run, name), read_manifest(run)['stages'][name]
     files = {file: folder/file for file in record['files'] if file.startswith(begins)}
-    if not files: raise ValueError(f'{run} trained every weight and has no adapter; push it with --what merged')
+    if not files:
+        raise ValueError(f'{run} trained every weight and has no adapter; push it with --what merged')
     for path in files.values():
-        if not path.is_file(): raise FileNotFoundError(f'{path} is missing; make it with: kofinetune {COMMANDS[name]} --run {run} --force')
+        if not path.is_file():
+            raise FileNotFoundError(f'{path} is missing; '
+                                    f'make it with: kofinetune {COMMANDS[name]} --run {run} --force')
     return files
 
-# %% ../nbs/b_cli.ipynb #5825c52a
-MEASURES = {'answer_nll': ('answer loss, nats a token', '.3f'), 'exact_match': ('exact match', '.1%'),
+# %% ../nbs/b_cli.ipynb #d2e93103
+MEASURES = {'answer_nll': ('answer loss, nats a token', '.3f'),
+            'exact_match': ('exact match', '.1%'),
             'token_accuracy': ('token accuracy', '.1%'), 'stop_rate': ('stopped by itself', '.1%')}
 
 def metrics_table(
@@ -210,13 +239,14 @@ def metrics_table(
     keys = [key for key in MEASURES if any(m.get(key) is not None for m in models.values())]
     def cell(m, key):
         if m.get(key) is None: return '-'
-        text, form = [format(v, MEASURES[key][1]) for v in (m[key], *m.get(f'{key}_ci', ()))], '{} ({} to {})'
+        text, form = [format(v, MEASURES[key][1])
+                      for v in (m[key], *m.get(f'{key}_ci', ()))], '{} ({} to {})'
         return form.format(*text) if len(text) == 3 else text[0]
     lines = [['model', *(MEASURES[key][0] for key in keys)], ['---'] * (len(keys) + 1)]
     lines += [[name, *(cell(m, key) for key in keys)] for name, m in models.items()]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/b_cli.ipynb #30198810
+# %% ../nbs/b_cli.ipynb #27bbf684
 LICENCES = {(True, True): dict(license='other', license_name='gemma-terms-and-cc-by-nc-4.0',
                                license_link='https://ai.google.dev/gemma/terms'),
             (True, False): dict(license='gemma'), (False, True): dict(license='cc-by-nc-4.0')}   # (Gemma, KoAlpaca)
@@ -234,18 +264,24 @@ def card_data(
     base = base_name(recipe.base)
     data = recipe.source if recipe.source.startswith('koalpaca') or recipe.source == 'rehearsal' else 'own rows'
     mine = LICENCES.get(('gemma' in base.lower(), data.startswith('koalpaca')),
-                        dict(license='apache-2.0' if (base, data) == ('rehearsal', 'rehearsal') else 'other'))
-    origin = dict(base_model=base, base_model_relation='adapter' if what == 'adapter' else 'finetune') if '/' in base else {}
-    results = [EvalResult(task_type='text-generation', dataset_type=data, dataset_name=f'{data}, {report["rows"]} rows',
-                          dataset_split='held-out' if report['held_out'] else 'train', metric_type=key, metric_name=MEASURES[key][0],
+                        dict(license='apache-2.0' if (base,
+                                                      data) == ('rehearsal', 'rehearsal') else 'other'))
+    origin = dict(base_model=base,
+                  base_model_relation='adapter' if what == 'adapter' else 'finetune') if '/' in base else {}
+    results = [EvalResult(task_type='text-generation', dataset_type=data,
+                          dataset_name=f'{data}, {report["rows"]} rows',
+                          dataset_split='held-out' if report['held_out'] else 'train',
+                          metric_type=key, metric_name=MEASURES[key][0],
                           metric_value=round(report['models'][judged][key], 4))
                for key in MEASURES if report['models'][judged].get(key) is not None]
-    return ModelCardData(language='ko', pipeline_tag='text-generation', tags=['kofinetune', *(['gguf'] if what == 'gguf' else [])],
-                         library_name={'merged': 'transformers', 'adapter': 'peft', 'gguf': 'gguf'}[what],
+    return ModelCardData(language='ko', pipeline_tag='text-generation',
+                         tags=['kofinetune', *(['gguf'] if what == 'gguf' else [])],
+                         library_name={'merged': 'transformers', 'adapter': 'peft',
+                                       'gguf': 'gguf'}[what],
                          datasets=['beomi/KoAlpaca-v1.1a'] if data == 'koalpaca-v1.1a' else None,
                          model_name=title, eval_results=results, **mine, **origin)
 
-# %% ../nbs/b_cli.ipynb #786788d6
+# %% ../nbs/b_cli.ipynb #867b9cd5
 def how_to_run(
     recipe: Recipe,    # base, style, max_new_tokens
     what: str,         # merged, adapter or gguf
@@ -258,26 +294,38 @@ def how_to_run(
     base = base_name(recipe.base)
     where = 'str(stand_in_base())' if base == 'rehearsal' else repr(base)
     load = {'merged': f'write = pipeline("text-generation", model="{repo}")',
-            'adapter': f'base = {where}\nmodel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "{repo}")\n'
-                       'write = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(base))'}
+            'adapter': f'base = {where}\nmodel = PeftModel.from_pretrained('
+                       f'AutoModelForCausalLM.from_pretrained(base), "{repo}")\n'
+                       'write = pipeline("text-generation", model=model, '
+                       'tokenizer=AutoTokenizer.from_pretrained(base))'}
     names = {'merged': 'pipeline', 'adapter': 'AutoModelForCausalLM, AutoTokenizer, pipeline'}
+    first = 'from peft import PeftModel\n' if what == 'adapter' else ''
+    if first and base == 'rehearsal': first += 'from kofinetune.rehearsal import stand_in_base\n'
     python = '' if what == 'gguf' else (
-        '### transformers\n\n```python\n' + ('from peft import PeftModel\n' if what == 'adapter' else '') +
-        ('from kofinetune.rehearsal import stand_in_base\n' if what == 'adapter' and base == 'rehearsal' else '') +
+        f'### transformers\n\n```python\n{first}'
         f'from transformers import {names[what]}\n\n{load[what]}\nprompt = {prompt!r}\n'
-        f'made = write(prompt, return_full_text=False, do_sample=False, max_new_tokens={recipe.max_new_tokens})\n'
+        'made = write(prompt, return_full_text=False, do_sample=False, '
+        f'max_new_tokens={recipe.max_new_tokens})\n'
         'print(made[0]["generated_text"])\n```\n\n')
-    steps = [f'hf download {repo} --local-dir model', 'cd model']
-    if what == 'merged': steps.append("python -c 'from kofinetune.export import write_gguf; write_gguf(\".\", \"model-bf16.gguf\")'"
-                                      '   # of the kofinetune package')
-    if what == 'merged': steps.append('# save the Modelfile below in this folder, then:')
-    steps += ['ollama create kofinetune-model -f Modelfile', 'ollama run kofinetune-model "대한민국의 수도는 어디인가요?"']
-    shown = re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile)
-    if what == 'adapter': return python + '### Ollama\n\nOllama needs one whole model: merge the adapter with its base first.'
     if what == 'merged' and not modelfile: return python.rstrip()
-    return python + '### Ollama\n\n```bash\n' + '\n'.join(steps) + '\n```' + (f'\n\n~~~text\n{shown}~~~' if what == 'merged' else '')
+    if what == 'adapter':
+        return f'{python}### Ollama\n\nOllama needs one whole model: merge the adapter with its base first.'
+    return python + _with_ollama(what, repo, modelfile)
 
-# %% ../nbs/b_cli.ipynb #50fc2cb5
+def _with_ollama(what, repo, modelfile):
+    "Say how to run a merged folder or GGUF files with Ollama."
+    write = ("python -c 'from kofinetune.export import write_gguf; "
+             'write_gguf(".", "model-bf16.gguf")\'   # of the kofinetune package')
+    steps = [f'hf download {repo} --local-dir model', 'cd model']
+    if what == 'merged': steps += [write, '# save the Modelfile below in this folder, then:']
+    steps += ['ollama create kofinetune-model -f Modelfile',
+              'ollama run kofinetune-model "대한민국의 수도는 어디인가요?"']
+    text = '### Ollama\n\n```bash\n' + '\n'.join(steps) + '\n```'
+    if what != 'merged': return text
+    shown = re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile)
+    return f'{text}\n\n~~~text\n{shown}~~~'
+
+# %% ../nbs/b_cli.ipynb #4647d0e1
 def model_card(
     run: Path,               # a finished run
     what: str = 'merged',    # merged, adapter or gguf
@@ -290,19 +338,23 @@ def model_card(
     judged = {'merged': 'merged', 'adapter': 'tuned'}.get(what) or _judged_gguf(record, report)
     title, made = repo.split('/')[-1], run/'ollama'/'Modelfile'
     prompt = format_prompt(dict(instruction='{instruction}', input='{input}'), recipe.style)
-    parts = [f'# {title}', f'{headline(report)} Published here: {WHAT[what][2]}.', '## Measured', metrics_table(report),
+    parts = [f'# {title}', f'{headline(report)} Published here: {WHAT[what][2]}.', '## Measured',
+             metrics_table(report),
              f'The row that stands for these files is `{judged}`. Intervals are 95 %, by bootstrap over rows.',
-             '## How to run it', how_to_run(recipe, what, repo, made.read_text(encoding='utf-8') if made.is_file() else ''),
+             '## How to run it', how_to_run(recipe, what, repo,
+                                            made.read_text(encoding='utf-8') if made.is_file() else ''),
              '## Prompt', f'```text\n{prompt}```\n\n`### Input:` ' + (
                  'stands there even when it is empty.' if recipe.style == 'blog' else 'is left out where there is none.') +
              ' The answer follows, and `<eos>` ends it.',
-             '## Data, base and terms', _made_of(recipe, record), '## Limits', _limits(recipe, report, judged, what),
+             '## Data, base and terms', _made_of(recipe, record), '## Limits',
+             _limits(recipe, report, judged, what),
              '## Made with', _versions(recipe, record)]
     return f'---\n{card_data(recipe, report, what, judged, title).to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n'
 
 def _judged_gguf(record, report):
-    "Name the model of the report that stands for the GGUF files: the served one, or the merged one it was made of."
-    served = record['stages']['ollama']['result']['served_file'].removesuffix('.gguf').replace('model-', 'gguf-')
+    "Name the report's model that stands for the GGUF files: the served one, or the merged one."
+    served = record['stages']['ollama']['result']['served_file']
+    served = served.removesuffix('.gguf').replace('model-', 'gguf-')
     return served if served in report['models'] else 'merged'
 
 def _terms(recipe):
@@ -317,50 +369,60 @@ def _made_of(recipe, record):
     data = record['stages']['data']['result']
     base = base_name(recipe.base) + (f' at revision {recipe.revision}' if recipe.revision else '')
     return '\n'.join([f'- {data["train"]:,} rows to train on, {data["valid"]:,} held out, of {data["rows"]:,}',
-                      f'- base: {base}', *(f'- {" ".join(text.split())}' for text in _terms(recipe))])
+                      f'- base: {base}', *(f'- {" ".join(text.split())}'
+                                           for text in _terms(recipe))])
 
 def _limits(recipe, report, judged, what):
     "List what the numbers do not say."
     limits = ['Trained on single questions with one answer each: it has no memory of earlier turns.',
               'Another prompt than the one above was not trained and was not measured.',
               'Not judged: truth of the answers, safety, bias, other languages.']
-    if not report['held_out']: limits.insert(0, 'The rows it was measured on were trained on: nothing here says how it does on others.')
-    if recipe.base == 'rehearsal': limits.insert(0, 'The base is a stand-in made in a minute. The numbers show that the method works, '
+    if not report['held_out']: limits.insert(0,
+                                             'The rows it was measured on were trained on: nothing here says how it does on others.')
+    if recipe.base == 'rehearsal': limits.insert(0,
+                                                 'The base is a stand-in made in a minute. The numbers show that the method works, '
                                                     'and say nothing of the quality of Gemma.')
-    if recipe.source.startswith('koalpaca'): limits.append('The answers of KoAlpaca were written by a language model, and some are wrong.')
+    if recipe.source.startswith('koalpaca'):
+        limits.append('The answers of KoAlpaca were written by a language model, and some are wrong.')
     if what == 'gguf' and judged == 'merged':
         limits.append('The files were not judged themselves; the numbers are those of the model they were made of.')
     return '\n'.join(f'- {text}' for text in limits)
 
 def _versions(recipe, record):
     "Say with which settings and versions the model was made."
-    settings = ('quant', 'adapter', 'lora_r', 'lora_alpha', 'loss', 'packing', 'max_length', 'epochs', 'batch_size', 'grad_accum',
+    settings = ('quant', 'adapter', 'lora_r', 'lora_alpha', 'loss', 'packing', 'max_length',
+                'epochs', 'batch_size', 'grad_accum',
                 'learning_rate', 'seed')
-    return ('Settings: ' + ', '.join(f'{name} {getattr(recipe, name)}' for name in settings) + '. Merge: '
+    return ('Settings: ' + ', '.join(f'{name} {getattr(recipe, name)}'
+                                     for name in settings) + '. Merge: '
             + record['stages']['merged']['result']['merge'] + '.\n\nVersions: '
             + ', '.join(f'{name} {v}' for name, v in record['versions'].items()) + '.')
 
-# %% ../nbs/b_cli.ipynb #92d3bd1d
+# %% ../nbs/b_cli.ipynb #299cf479
 def push_run(
     run: Path,               # a finished run
     repo: str,               # owner/name on the Hub
     what: str = 'merged',    # merged, adapter or gguf
     public: bool = False,    # let everybody see it
 ) -> str:                    # its address
-    "Send files, card and terms to the Hub in one commit. Raises RuntimeError, with what mends it, where that fails."
+    "Send files, card and terms to the Hub in one commit. Raises RuntimeError where that fails."
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
-    if repo.count('/') != 1: raise ValueError(f'REPO is {repo!r}; it must be owner/name')
-    texts = {'README.md': model_card(run, what, repo), 'NOTICE': '\n\n'.join(_terms(Recipe.load(run/'recipe.json'))) + '\n'}
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
+        raise ValueError(f'REPO is {repo!r}; it must be owner/name')
+    texts = {'README.md': model_card(run, what, repo),
+             'NOTICE': '\n\n'.join(_terms(Recipe.load(run/'recipe.json'))) + '\n'}
     pieces = [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
     pieces += [CommitOperationAdd(name, str(path)) for name, path in push_files(run, what).items()]
     api = HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(repo).private:
-            raise ValueError(f'{repo} is there already and everybody can see it; say so with --public, or choose another name')
+            raise ValueError(f'{repo} is there already and everybody can see it; '
+                             'say so with --public, or choose another name')
         api.create_commit(repo, pieces, commit_message=f'{what} of a kofinetune run')
-    except (httpx2.HTTPError, OSError, RuntimeError) as e: raise RuntimeError(hub_trouble(e, repo)) from None
+    except (httpx2.HTTPError, OSError,
+            RuntimeError) as e: raise RuntimeError(hub_trouble(e, repo)) from None
     return f'{api.endpoint}/{repo}'
 
 def hub_trouble(
@@ -371,43 +433,63 @@ def hub_trouble(
     from huggingface_hub.errors import OfflineModeIsEnabled
     error = error.__cause__ or error if type(error) is RuntimeError else error
     status = getattr(getattr(error, 'response', None), 'status_code', None)
-    mend = {401: 'log in with: hf auth login', 404: 'is the owner right? It must be you or an organisation of yours',
+    mend = {401: 'log in with: hf auth login',
+            404: 'is the owner right? It must be you or an organisation of yours',
             403: 'your token may not write there; make one that may at https://huggingface.co/settings/tokens, then: hf auth login'}
     what = mend.get(status, 'run the same command again; what has arrived is not sent twice')
     if isinstance(error, OfflineModeIsEnabled): what = 'HF_HUB_OFFLINE is set; unset it'
     why = next(iter(str(error).split('\n\n')[0].split('\n')), '') or type(error).__name__
     return f'{repo} was not pushed ({" ".join(why.split())}); {what}'
 
-# %% ../nbs/b_cli.ipynb #9a1b1e1a
+# %% ../nbs/b_cli.ipynb #b91c28ee
 @app.command('push')
-def push(run: RunArgument, repo: Annotated[str, typer.Argument(metavar='REPO', help='owner/name on the Hugging Face Hub.')],
+def push(run: RunArgument, repo: Annotated[str,
+                                           typer.Argument(metavar='REPO', help='owner/name on the Hugging Face Hub.')],
          what: Annotated[str, typer.Option('--what', help='merged, adapter or gguf.')] = 'merged',
-         public: Annotated[bool, typer.Option('--public', help='Let everybody see it. Default: private.')] = False,
-         accept: Annotated[bool, typer.Option('--accept-noncommercial', help='I know the terms of the data and of the base.')] = False,
+         public: Annotated[bool, typer.Option('--public',
+                                              help='Let everybody see it. Default: private.')] = False,
+         accept: Annotated[bool, typer.Option('--accept-noncommercial',
+                                              help='I know the terms of the data and of the base.')] = False,
          debug: DebugOption = False):
     "A run's model and its card, with both licences, to the Hub."
     push_files(run, what)
     if not accept:
-        raise ValueError('KoAlpaca forbids commercial use (CC BY-NC 4.0) and Gemma has its own terms, and both travel with '
-                         'a model made of them; say that you know with --accept-noncommercial')
+        raise ValueError('KoAlpaca forbids commercial use (CC BY-NC 4.0) and Gemma has its own '
+                         'terms, and both travel with a model made of them; say that you know with --accept-noncommercial')
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({"public" if public else "private"})')
 
-# %% ../nbs/b_cli.ipynb #88c5b967
+# %% ../nbs/b_cli.ipynb #5d6cafb6
+SECRET = re.compile('TOKEN|KEY|SECRET|PASSWORD')
+
+def without_secrets(
+    text: str,  # a message, perhaps with what a server said
+) -> str:       # with the name of a variable in the place of its value
+    "Take tokens and keys of the environment out of `text`."
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8: text = text.replace(value, f'${name}')
+    return text
+
 def main():
     "Run the command; the console script's entry."
     for name, value in dict(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false',
                             BITSANDBYTES_NOWELCOME='1').items(): os.environ.setdefault(name, value)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        if not (value := os.environ.get(name, '0')).isdecimal():
+            print(f'kofinetune: {name} is {value!r}; a launcher sets it to a number; without one, unset it', file=sys.stderr)
+            raise SystemExit(2)
     if '--debug' in sys.argv: return app(prog_name='kofinetune')
     warnings.filterwarnings('ignore', category=FutureWarning)   # renamings inside peft and TRL
     try: app(prog_name='kofinetune')
     except (ValueError, FileNotFoundError) as e: _fail(e, 2)
     except KeyboardInterrupt: _fail('interrupted; the same command goes on from the last finished stage or checkpoint', 1)
-    except Exception as e: _fail(e if isinstance(e, (RuntimeError, OSError)) else f'{type(e).__name__}: {e}', 1)
+    except Exception as e: _fail(e if isinstance(e, (RuntimeError,
+                                                     OSError)) else f'{type(e).__name__}: {e}', 1)
 
 def _fail(message, code):
     "Print one line and exit. Of several processes, the first speaks for all where the request was wrong."
     who = f'process {rank()} of {world_size()}: ' if world_size() > 1 else ''
-    if code == 1 or not rank(): print(f'kofinetune: {who}' + ' '.join(str(message).split()), file=sys.stderr)
+    message = ' '.join(without_secrets(str(message)).split())
+    if code == 1 or not rank(): print(f'kofinetune: {who}{message}', file=sys.stderr)
     raise SystemExit(code)
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # python -m kofinetune.cli; a notebook has no __file__

@@ -14,12 +14,12 @@ __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'ST
            'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles', 'overlap', 'similar_pairs',
            'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck', 'astray_batches',
            'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row', 'row_text',
-           'contamination', 'split_rows', 'Recipe', 'stage_fields', 'read_manifest', 'write_json', 'file_hashes',
-           'rank', 'world_size', 'run_lock', 'need', 'stage_inputs', 'stage', 'prepare', 'file_parts', 'hash60',
-           'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
+           'contamination', 'split_rows', 'Recipe', 'nearest', 'stage_fields', 'read_manifest', 'check_inside',
+           'write_json', 'file_hashes', 'rank', 'world_size', 'run_lock', 'need', 'stage_inputs', 'stage', 'prepare',
+           'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
 
-# %% ../nbs/00_data.ipynb #1dcf467b
-import csv, hashlib, io, json, math, os, random, re, shutil, time, tomllib, unicodedata, zlib
+# %% ../nbs/00_data.ipynb #e54a1b4f
+import csv, difflib, hashlib, io, json, math, os, random, re, shutil, time, tomllib, unicodedata, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -302,7 +302,7 @@ def git_blob_id(
     "Compute the id under which git stores `data`."
     return hashlib.sha1(f'blob {len(data)}\0'.encode() + data, usedforsecurity=False).hexdigest()
 
-# %% ../nbs/00_data.ipynb #f6df93f9
+# %% ../nbs/00_data.ipynb #1b208656
 _KOALPACA = ('https://raw.githubusercontent.com/Beomi/KoAlpaca/'
              'b7ee032fa9fad6f0fee32a16043024feb929b7cc/')
 SOURCES = {
@@ -313,8 +313,10 @@ SOURCES = {
 }
 
 def cache_dir() -> Path:
-    "Say where downloads and the stand-in base lie: `$KOFINETUNE_CACHE`, or ~/.cache/kofinetune."
-    return Path(os.environ.get('KOFINETUNE_CACHE') or Path.home()/'.cache'/'kofinetune')
+    "Say where downloads and the stand-in base are kept: `$KOFINETUNE_CACHE`, or ~/.cache/kofinetune."
+    path = Path(os.environ.get('KOFINETUNE_CACHE') or Path.home()/'.cache'/'kofinetune')
+    if path.is_file(): raise ValueError(f'KOFINETUNE_CACHE is {path}, which is a file; set it to a folder')
+    return path
 
 def fetch(
     url: str,   # an address that holds a revision
@@ -774,7 +776,7 @@ def split_rows(
     train = [row for row, name in zip(rows, keys) if name not in held]
     return train, [row for row, name in zip(rows, keys) if name in held]
 
-# %% ../nbs/00_data.ipynb #eccba98e
+# %% ../nbs/00_data.ipynb #851ae96e
 PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
 @dataclass(frozen=True)
@@ -835,8 +837,8 @@ class Recipe:
     @staticmethod
     def named(name: str) -> 'Recipe':  # blog, best or rehearsal
         "Get a preset."
-        if name not in PRESETS:
-            raise ValueError(f'there is no recipe {name!r}; there are {", ".join(PRESETS)}, '
+        if name not in [*PRESETS]:
+            raise ValueError(f'there is no recipe {name!r}{nearest(name, PRESETS)}; there are {", ".join(PRESETS)}, '
                              'and files that end in .toml or .json')
         return Recipe(**PRESETS[name])
 
@@ -849,7 +851,7 @@ class Recipe:
         "Copy the recipe with some fields changed, checking them again."
         return _make_recipe(asdict(self) | changes)
 
-# %% ../nbs/00_data.ipynb #a223dec8
+# %% ../nbs/00_data.ipynb #645c5cad
 _CHOICES = dict(report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=STYLES,
                 quant=('nf4', 'none'), adapter=('lora', 'none'), loss=('answer', 'whole'),
                 dtype=('auto', 'bf16', 'fp32'),
@@ -860,11 +862,10 @@ _LEAST = dict(rows=0, valid_rows=0, seed=0, lora_r=1, lora_alpha=1, max_length=8
 
 def _check_recipe(r):
     "Check the types and ranges of `r`, each field by itself and then together."
-    for f in fields(r):
-        value, kind = getattr(r, f.name), f.type if isinstance(f.type, type) else tuple
-        ok = isinstance(value, (int, float) if kind is float else kind)
-        if not ok or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f'{f.name} is {value!r}; it must be {kind.__name__}')
+    for f in fields(r): _check_type(f.name, getattr(r, f.name), f.type if isinstance(f.type, type) else tuple)
+    if not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name):
+        raise ValueError(f'name is {r.name!r}; it is no path: a letter or digit first, then letters, digits, spaces and '
+                         '_ . + = , @ -; where the run goes is said with --run')
     for name, allowed in _CHOICES.items():
         if getattr(r, name) not in allowed:
             raise ValueError(f'{name} is {getattr(r, name)!r}; it is one of {", ".join(allowed)}')
@@ -887,6 +888,16 @@ def _check_recipe(r):
         raise ValueError(f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: '
                          'no room is left for a prompt')
 
+def _check_type(name, value, kind):
+    "Check that the value of a field is of its type, and a number that can be counted with."
+    ok = isinstance(value, (int, float) if kind is float else kind)
+    if not ok or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f'{name} is {value!r}; it must be {kind.__name__}')
+    if kind is float and not math.isfinite(value): raise ValueError(f'{name} is {value}; it must be a finite number')
+    if kind is int and value >= 1 << 32: raise ValueError(f'{name} is {value}; it must be less than {1 << 32}')
+    for item in value if kind is tuple else ():
+        if not isinstance(item, str): raise ValueError(f'{name} holds {item!r}; all that it holds must be text')
+
 def _check_options(r):
     "Check the options of `r` that only make sense with others."
     if r.save_steps > 1 and r.save_steps != int(r.save_steps):
@@ -903,7 +914,7 @@ def _check_options(r):
         names = ', '.join(r.target_modules)
         raise ValueError(f'target_modules is {names}; all-linear stands alone')
 
-# %% ../nbs/00_data.ipynb #263ed3cd
+# %% ../nbs/00_data.ipynb #f853d522
 GEMMA = dict(base='google/gemma-3-270m', revision='9b0cfec892e2bc2afd938c98eabe4e4a7b1e0ca1')
 SURE_FLAGS = (   # right in nine of ten rows that were read
     'empty_answer', 'exact_duplicate', 'near_duplicate', 'astray_batch', 'no_input_answer',
@@ -918,12 +929,21 @@ PRESETS = {
                       save_steps=0.2, max_new_tokens=48, num_ctx=512),
 }
 
+def nearest(
+    name: str,  # what was written
+    known,      # what there is
+) -> str:       # ' (do you mean ...?)', or '' where nothing is near
+    "Guess which of `known` was meant."
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f' (do you mean {near[0]}?)' if near else ''
+
 def _make_recipe(values):
     "Make a recipe of a dict, with lists as tuples, naming a field that does not exist."
     known = [f.name for f in fields(Recipe)]
     for name in values:
         if name not in known:
-            raise ValueError(f'a recipe has no field {name!r}; it has {", ".join(known)}')
+            raise ValueError(f'a recipe has no field {name!r}{nearest(name, known)}; '
+                             f'it has {", ".join(known)}')
     return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 def _load_recipe(path):
@@ -931,13 +951,16 @@ def _load_recipe(path):
     if not path.is_file():
         raise FileNotFoundError(f'{path} is not a file; give a recipe name or a .toml or .json '
                                 'file')
-    text = path.read_text(encoding='utf-8')
-    try: values = tomllib.loads(text) if path.suffix == '.toml' else json.loads(text)
-    except ValueError as e: raise ValueError(f'{path} cannot be read: {e}') from None
+    text = _whole_text(path)
+    toml = path.suffix == '.toml'
+    try: values = tomllib.loads(text) if toml else json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{path} cannot be read: {e}') from None
     if not isinstance(values, dict):
         raise ValueError(f'{path} holds {type(values).__name__}; it must hold fields')
-    extends = values.pop('extends', None)
-    start = asdict(Recipe.named(extends)) if extends else {}
+    for name in getattr(values, 'twice', ()):
+        raise ValueError(f'{path} cannot be read: it has {name!r} twice; keep one')
+    start = asdict(Recipe.named(values.pop('extends'))) if 'extends' in values else {}
     return _make_recipe(start | {'name': path.stem} | values)
 
 # %% ../nbs/00_data.ipynb #8ada8946
@@ -952,13 +975,35 @@ def stage_fields(
     later = order[order.index(name) + 1:]
     return tuple(names[names.index('source'):names.index(STAGES[later[0]]) if later else None])
 
-# %% ../nbs/00_data.ipynb #76fe0bfe
+# %% ../nbs/00_data.ipynb #1c6e8d2e
 def read_manifest(
     run: Path,  # a run folder
 ) -> dict:      # {'versions': ..., 'stages': {name: {'inputs', 'files', 'seconds', 'result'}}}
     "Read what is recorded of `run`; an empty record when there is none."
     path = Path(run)/'manifest.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {'versions': {}, 'stages': {}}
+    if not path.is_file(): return {'versions': {}, 'stages': {}}
+    try: return dict(versions={}) | _with_stages(json.loads(path.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'{path} is damaged ({e}); put it back, or delete it and make every stage again with: '
+                         f'kofinetune run --run {run}') from None
+
+def _with_stages(manifest):
+    "Give back what has the shape of a manifest."
+    if 'stages' not in manifest: raise ValueError('it names no stages')
+    return manifest
+
+def check_inside(
+    run: Path,  # a run folder, perhaps from somebody else
+):
+    "Raise ValueError where a link in `run`, or a name in its manifest, leads out of it."
+    run = Path(run)
+    for path in run.rglob('*'):
+        if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
+            raise ValueError(f'{path} is a link that leads out of the run folder, to {path.readlink()}; put the file itself there')
+    for name, done in read_manifest(run)['stages'].items():
+        for file in done['files']:
+            if not (run/name/file).resolve().is_relative_to((run/name).resolve()):
+                raise ValueError(f'{run}/manifest.json names {file!r}, which lies outside {run/name}; take it out')
 
 def write_json(
     value,        # anything that json can write
@@ -988,7 +1033,7 @@ def world_size() -> int:
     "Count the processes that torchrun or accelerate started together; 1 without a launcher."
     return int(os.environ.get('WORLD_SIZE', 1))
 
-# %% ../nbs/00_data.ipynb #611918b0
+# %% ../nbs/00_data.ipynb #35168881
 @contextmanager
 def run_lock(
     run: Path,  # a run folder, made if absent
@@ -1008,11 +1053,12 @@ def need(
     name: str,   # a stage that must be there
 ) -> Path:       # its folder
     "Find the folder of a finished stage, or say which command makes it."
+    check_inside(run)
     if name not in read_manifest(run)['stages'] or not (Path(run)/name).is_dir():
         raise FileNotFoundError(f'{Path(run)/name} is missing; make it with: kofinetune {COMMANDS[name]} --run {run}')
     return Path(run)/name
 
-# %% ../nbs/00_data.ipynb #62370635
+# %% ../nbs/00_data.ipynb #c750bae0
 def stage_inputs(
     recipe: Recipe,    # what was asked
     run: Path,         # the run folder
@@ -1046,6 +1092,7 @@ def stage(
                          f'kofinetune {COMMANDS[name]} --run {run}')
     run = Path(run)
     with run_lock(run):
+        check_inside(run)
         manifest, inputs = read_manifest(run), stage_inputs(recipe, run, name, source)
         done = manifest['stages'].get(name)
         if done and (run/name).is_dir() and not force:

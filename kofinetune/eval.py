@@ -8,24 +8,26 @@ __all__ = ['NOUN', 'PARTICLE', 'NOT_NOUNS', 'REPORT_SCHEMA', 'JUDGE_PROMPT', 'VE
            'plot_kinds', 'list_failures', 'stop_rate', 'hangul_share', 'distinct', 'repetition', 'switches',
            'known_nouns', 'check_particles', 'speech_level', 'chrf', 'describe_answers', 'outcome', 'side_by_side',
            'evaluate', 'plot_models', 'headline', 'report_page', 'examples_page', 'draw_pairs', 'write_sheet',
-           'read_sheet', 'count_wins', 'measure_agreement', 'ask_judge', 'judge_pairs', 'measure_judge', 'plant_pairs',
-           'weigh_judge', 'load_tasks', 'choice_task', 'run_tasks', 'benchmark', 'read_run', 'shared_rows',
-           'compare_runs', 'comparison_table', 'plot_runs']
+           'read_sheet', 'count_wins', 'measure_agreement', 'judge_key', 'ask_judge', 'judge_pairs', 'measure_judge',
+           'plant_pairs', 'weigh_judge', 'load_tasks', 'choice_task', 'run_tasks', 'benchmark', 'read_run',
+           'shared_rows', 'compare_runs', 'comparison_table', 'plot_runs']
 
-# %% ../nbs/04_eval.ipynb #0a291cdb
-import json, math, random, re
+# %% ../nbs/04_eval.ipynb #d978e6b5
+import csv, hashlib, json, math, os, random, re
 from collections import Counter
+from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 
-from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need, read_jsonl,
-                             speech_levels, stage, write_json, write_jsonl)
-from .export import load_gguf
+from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need,
+                             read_jsonl, speech_levels, stage, write_json, write_jsonl)
+from .export import is_loopback, load_gguf
 from .rehearsal import PAIRS, Word
 from .train import encode, load_base, load_tokenizer, load_tuned, pick_device, plot_loss
 
-# %% ../nbs/04_eval.ipynb #2f3b4fe2
+# %% ../nbs/04_eval.ipynb #5260ccee
 def answer_nll(
-    model, tok,             # a causal model whose head is one matrix (Gemma 3, Llama, Qwen...), and its tokenizer
+    model, tok,             # a causal model whose head is one matrix (Gemma 3...), its tokenizer
     rows: list[dict],       # instruction, input, output
     style: str = 'alpaca',  # as trained
     max_length: int = 512,  # a row that does not fit is left out: its entry is None
@@ -39,7 +41,8 @@ def answer_nll(
         ids, labels, mask = _pad([examples[i] for i in chosen], tok.pad_token_id, model.device)
         graded, wanted = labels[:, 1:] != -100, labels[:, 1:]
         with torch.inference_mode():
-            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask,
+                                         use_cache=False).last_hidden_state
             nll, hit = _grade(model.get_output_embeddings(), hidden[:, :-1][graded], wanted[graded])
         counts = graded.sum(1).tolist()
         for i, n, nats, hits in zip(chosen, counts, nll.split(counts), hit.split(counts)):
@@ -48,7 +51,7 @@ def answer_nll(
     return scores
 
 def _batches(lengths, batch_tokens):
-    "Group rows (their indices) of about the same length into batches that hold so many tokens, padding included."
+    "Group rows (their indices) of about the same length into batches of so many tokens."
     batches = [[]]
     for i in sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__):
         if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > batch_tokens: batches.append([])
@@ -56,7 +59,7 @@ def _batches(lengths, batch_tokens):
     return [batch for batch in batches if batch]
 
 def _grade(head, hidden, wanted, at_once=16_384):
-    "Give each wanted token its -log p, and say whether it was the likeliest; the vocabulary comes in blocks."
+    "Give each wanted token its -log p, and say if it was the likeliest; the vocabulary in blocks."
     import torch
     top = torch.full(wanted.shape, -torch.inf, device=wanted.device)
     mine, total = top.clone(), torch.zeros_like(top)   # total: the sum of exp(score - top) so far
@@ -75,54 +78,65 @@ def _pad(examples, pad, device):
     "Stack examples of different lengths, padded on the right: ids, labels, attention mask."
     import torch
     longest = max(len(e['input_ids']) for e in examples)
-    def stack(key, fill): return torch.tensor([e[key] + [fill] * (longest - len(e[key])) for e in examples], device=device)
+    def stack(key, fill): return torch.tensor([e[key] + [fill] * (longest - len(e[key]))
+                                               for e in examples], device=device)
     return stack('input_ids', pad), stack('labels', -100), \
-        torch.tensor([[1] * len(e['input_ids']) + [0] * (longest - len(e['input_ids'])) for e in examples], device=device)
+        torch.tensor([[1] * len(e['input_ids']) + [0] * (longest - len(e['input_ids']))
+                      for e in examples], device=device)
 
-# %% ../nbs/04_eval.ipynb #46f30a87
+# %% ../nbs/04_eval.ipynb #72b2c079
 def summarize(
     scores: list[dict | None],  # what `answer_nll` returns
     seed: int = 0,              # of the bootstrap
-) -> dict:                      # answer_nll, perplexity, token_accuracy, bits_per_byte, each with *_ci; rows, left_out
+) -> dict:                      # the four measures, each with *_ci; rows, left_out
     "Average scores over all answer tokens, with 95 % bootstrap intervals over rows."
     import numpy as np
     kept = [s for s in scores if s]
-    if not kept: raise ValueError(f'none of the {len(scores)} rows could be scored; raise max_length')
-    table = np.array([[s[name] for name in ('nll', 'tokens', 'correct', 'bytes')] for s in kept], dtype=float)
+    if not kept:
+        raise ValueError(f'none of the {len(scores)} rows could be scored; raise max_length')
+    table = np.array([[s[name] for name in ('nll', 'tokens', 'correct', 'bytes')] for s in kept],
+                     dtype=float)
     def measure(sums):
         nll, tokens, correct, size = sums.T
-        return dict(answer_nll=nll / tokens, perplexity=np.exp(nll / tokens), token_accuracy=correct / tokens,
+        return dict(answer_nll=nll / tokens, perplexity=np.exp(nll / tokens),
+                    token_accuracy=correct / tokens,
                     bits_per_byte=nll / math.log(2) / np.maximum(size, 1))
-    times = np.random.default_rng(seed).multinomial(len(kept), [1 / len(kept)] * len(kept), size=1000)
+    times = np.random.default_rng(seed).multinomial(len(kept), [1 / len(kept)] * len(kept),
+                                                    size=1000)
     result = {name: float(value) for name, value in measure(table.sum(0)).items()}
-    result |= {f'{name}_ci': np.quantile(drawn, [.025, .975]).tolist() for name, drawn in measure(times @ table).items()}
+    result |= {f'{name}_ci': np.quantile(drawn, [.025, .975]).tolist()
+               for name, drawn in measure(times @ table).items()}
     return result | dict(rows=len(kept), left_out=len(scores) - len(kept))
 
-# %% ../nbs/04_eval.ipynb #b6465573
+# %% ../nbs/04_eval.ipynb #27b77bde
 def paired_difference(
     first: list[dict], second: list[dict],  # scores of the same rows, in the same order
     above: str,                             # what is summed: 'nll', 'correct', ...
-    below: str | None,                      # and divided by the sum of: 'tokens', 'bytes'; None: the number of rows
+    below: str | None,                      # and divided by: 'tokens', 'bytes'; None: the rows
     seed: int = 0,
-) -> dict:                                  # difference (second minus first) and difference_ci, 95 %
+) -> dict:                                  # difference (second - first), difference_ci (95 %)
     "Bootstrap the difference of two ratios over the rows that both were scored on."
     import numpy as np
-    if len(first) != len(second): raise ValueError(f'{len(first)} rows against {len(second)}: a pair needs both')
-    def column(scores, name): return np.array([s[name] if name else 1.0 for s in scores], dtype=float)
-    tops, bottoms = [np.array([column(scores, name) for scores in (first, second)]).T for name in (above, below)]
+    if len(first) != len(second):
+        raise ValueError(f'{len(first)} rows against {len(second)}: a pair needs both')
+    def column(scores, name): return np.array([s[name] if name else 1.0 for s in scores],
+                                              dtype=float)
+    tops, bottoms = [np.array([column(scores, name) for scores in (first, second)]).T
+                     for name in (above, below)]
     def differ(times): return (times @ tops / (times @ bottoms)) @ [-1, 1]
-    times = np.random.default_rng(seed).multinomial(len(first), [1 / len(first)] * len(first), size=1000)
+    times = np.random.default_rng(seed).multinomial(len(first), [1 / len(first)] * len(first),
+                                                    size=1000)
     return dict(difference=float(differ(np.ones(len(first)))),
                 difference_ci=np.quantile(differ(times), [.025, .975]).tolist())
 
-# %% ../nbs/04_eval.ipynb #e0ee7d95
+# %% ../nbs/04_eval.ipynb #f541a50b
 def generate(
     model, tok,                 # any causal model of transformers, and its tokenizer
     rows: list[dict],           # instruction and input
     style: str = 'alpaca',      # as trained
     max_new_tokens: int = 48,   # where an answer that does not stop is cut
     batch_size: int = 32,       # rows at once
-) -> list[dict]:                # for each row: answer (text up to the terminator), stopped (it ended by itself)
+) -> list[dict]:                # for each row: answer (up to the terminator), stopped (by itself)
     "Answer every row greedily."
     import torch
     prompts = [tok(format_prompt(row, style))['input_ids'] for row in rows]
@@ -131,17 +145,20 @@ def generate(
         chosen = order[start:start + batch_size]
         longest = max(len(prompts[i]) for i in chosen)
         fill = [longest - len(prompts[i]) for i in chosen]
-        ids = torch.tensor([[tok.pad_token_id] * f + prompts[i] for f, i in zip(fill, chosen)], device=model.device)
+        ids = torch.tensor([[tok.pad_token_id] * f + prompts[i] for f, i in zip(fill, chosen)],
+                           device=model.device)
         mask = torch.tensor([[0] * f + [1] * (longest - f) for f in fill], device=model.device)
         with torch.inference_mode():
-            made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
+            made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                  do_sample=False,
                                   pad_token_id=tok.pad_token_id)[:, longest:].tolist()
         for i, new in zip(chosen, made):
             end = new.index(tok.eos_token_id) if tok.eos_token_id in new else None
-            answers[i] = dict(answer=tok.decode(new[:end], skip_special_tokens=True), stopped=end is not None)
+            answers[i] = dict(answer=tok.decode(new[:end], skip_special_tokens=True),
+                              stopped=end is not None)
     return answers
 
-# %% ../nbs/04_eval.ipynb #edfe142c
+# %% ../nbs/04_eval.ipynb #8b0fbee6
 def exact_match(
     row: dict,     # with the output that is wanted
     answer: str,   # what a model wrote
@@ -164,10 +181,11 @@ def match_by_kind(
     "Count exact matches for each kind of task."
     import pandas as pd
     table = pd.DataFrame({'kind': [r['kind'] for r in rows]} |
-                         {name: [exact_match(r, a['answer']) for r, a in zip(rows, made)] for name, made in answers.items()})
+                         {name: [exact_match(r, a['answer']) for r, a in zip(rows, made)]
+                          for name, made in answers.items()})
     return table.groupby('kind').mean().assign(rows=table.groupby('kind').size())
 
-# %% ../nbs/04_eval.ipynb #a12df201
+# %% ../nbs/04_eval.ipynb #aeae801c
 def plot_kinds(
     table,     # what `match_by_kind` returns
     ax=None,
@@ -177,11 +195,14 @@ def plot_kinds(
     ax, names = ax or plt.subplots(figsize=(8, 3.5))[1], [name for name in table if name != 'rows']
     for k, name in enumerate(names):
         ends = [share_ci(round(share * n), int(n)) for share, n in zip(table[name], table.rows)]
-        reach = [[100 * abs(share - end[side]) for share, end in zip(table[name], ends)] for side in (0, 1)]
-        ax.bar([i + .8 * (k + .5) / len(names) - .4 for i in range(len(table))], 100 * table[name], .8 / len(names),
+        reach = [[100 * abs(share - end[side]) for share, end in zip(table[name], ends)]
+                 for side in (0, 1)]
+        ax.bar([i + .8 * (k + .5) / len(names) - .4 for i in range(len(table))], 100 * table[name],
+               .8 / len(names),
                yerr=reach, error_kw=dict(lw=.8), label=name)
     ax.set_xticks(range(len(table)), table.index, rotation=30)
-    ax.set(ylabel='exact match, %', ylim=(0, 105), title=f'Exact match by kind, {table.rows.sum()} rows, 95 % intervals')
+    ax.set(ylabel='exact match, %', ylim=(0, 105),
+           title=f'Exact match by kind, {table.rows.sum()} rows, 95 % intervals')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
@@ -195,12 +216,13 @@ def list_failures(
     for row, a in zip(rows, made):
         if exact_match(row, a['answer']): continue
         count[row['kind']] += 1
-        wrong.setdefault(row['kind'], []).append(dict(question=_question(row), wanted=row['output'], answer=a['answer']))
+        wrong.setdefault(row['kind'], []).append(dict(question=_question(row), wanted=row['output'],
+                                                      answer=a['answer']))
     return {kind: wrong[kind][:most] for kind, _ in count.most_common()}
 
 def _question(row): return ' / '.join(filter(None, (row['instruction'], row['input'])))
 
-# %% ../nbs/04_eval.ipynb #13aee5df
+# %% ../nbs/04_eval.ipynb #f91c42c7
 def stop_rate(
     answers: list[dict],  # what `generate` returns
 ) -> float:               # 0 to 1
@@ -235,10 +257,10 @@ def switches(
     row: dict,      # the question
     answer: str,    # what a model wrote
 ) -> bool:
-    "Say whether a Korean answer slips into another language that the question did not ask for (see 00)."
+    "Say whether a Korean answer slips into a language that the question did not ask for (see 00)."
     return code_switching(row | dict(output=answer))
 
-# %% ../nbs/04_eval.ipynb #796d881b
+# %% ../nbs/04_eval.ipynb #7e2d6572
 NOUN = re.compile(r"([가-힣0-9]+?)(?:에서|에게|부터|까지|처럼|보다|의|에|와|과|를|[,'\"’”])(?![가-힣0-9])")
 PARTICLE = re.compile(r'([\w%℃)]+?)(으로|[은는이가을를로])(?!\w)')
 NOT_NOUNS = {'나은', '지은', '이은', '부은', '그은'}   # 낫다, 짓다, 잇다...: verbs that lose their ㅅ
@@ -252,7 +274,7 @@ def known_nouns(
 def check_particles(
     text: str,
     nouns: set[str],            # what `known_nouns` returns
-) -> list[tuple]:               # (word with its ending, True: fits, False: does not, None: undecided)
+) -> list[tuple]:               # (word with its ending, True: fits; False: not; None: undecided)
     "Judge each 은/는, 이/가, 을/를 and 으로/로 by the sound before it; digits are read as 일, 이, 삼."
     found = []
     for stem, particle in PARTICLE.findall(text):
@@ -277,7 +299,7 @@ def chrf(
     from sacrebleu import CHRF
     return CHRF().corpus_score(answers, [wanted]).score
 
-# %% ../nbs/04_eval.ipynb #4c66e174
+# %% ../nbs/04_eval.ipynb #4cf7435d
 def describe_answers(
     rows: list[dict],      # the questions and what was wanted
     made: list[dict],      # what `generate` returns
@@ -293,16 +315,20 @@ def describe_answers(
     return dict(
         exact_match=sum(known) / len(known) if known else None,
         exact_match_ci=share_ci(sum(known), len(known)) if known else None,
-        stop_rate=stop_rate(made), characters=mean(map(len, texts)), hangul_share=mean(map(hangul_share, texts)),
-        code_switching=mean(switches(r, text) for r, text in zip(rows, texts)), repetition=mean(map(repetition, texts)),
+        stop_rate=stop_rate(made), characters=mean(map(len, texts)),
+        hangul_share=mean(map(hangul_share, texts)),
+        code_switching=mean(switches(r, text) for r, text in zip(rows, texts)),
+        repetition=mean(map(repetition, texts)),
         distinct_characters=mean(distinct(text, 2) for text in texts),
         distinct_words=mean(distinct(text, 1, words=True) for text in texts),
-        particle_agreement=sum(decided) / len(decided) if decided else None, particles_decided=len(decided),
+        particle_agreement=sum(decided) / len(decided) if decided else None,
+        particles_decided=len(decided),
         particles_undecided=len(fits) - len(decided),
-        polite_speech=levels['polite'] / read if read else None, mixed_speech=levels['mixed'] / read if read else None,
+        polite_speech=levels['polite'] / read if read else None,
+        mixed_speech=levels['mixed'] / read if read else None,
         speech_read=read, chrf=chrf(texts, [row['output'] for row in rows]))
 
-# %% ../nbs/04_eval.ipynb #e40fd99f
+# %% ../nbs/04_eval.ipynb #f1358ae7
 def outcome(
     row: dict,
     before: str, after: str,  # two answers
@@ -316,50 +342,62 @@ def outcome(
 
 def side_by_side(
     rows: list[dict],
-    answers: dict[str, list[dict]],  # model name -> what `generate` returns; base and tuned among them
+    answers: dict[str, list[dict]],  # model name -> what `generate` returns; base, tuned and others
     n: int = 20,                     # questions
     seed: int = 0,
 ):                                   # a DataFrame, one question a line
-    "Put base and tuned beside what was wanted for `n` drawn questions, some that tuning made worse among them."
+    "Put base and tuned beside what was wanted for `n` drawn questions, worse ones among them."
     import pandas as pd
-    both = [(base['answer'], tuned['answer']) for base, tuned in zip(answers['base'], answers['tuned'], strict=True)]
+    both = [(base['answer'], tuned['answer'])
+            for base, tuned in zip(answers['base'], answers['tuned'], strict=True)]
     ends, draw = [outcome(row, *pair) for row, pair in zip(rows, both)], random.Random(seed)
     worse = [i for i, end in enumerate(ends) if end == 'worse']
     chosen = draw.sample(worse, min(len(worse), n // 4))
     rest = [i for i in range(len(rows)) if i not in chosen]
     chosen += sorted(draw.sample(rest, min(n - len(chosen), len(rest))))
-    return pd.DataFrame([dict(question=_question(rows[i]), wanted=rows[i]['output'], base=both[i][0], tuned=both[i][1],
+    return pd.DataFrame([dict(question=_question(rows[i]), wanted=rows[i]['output'],
+                              base=both[i][0], tuned=both[i][1],
                               outcome=ends[i]) for i in chosen], index=chosen)
 
-# %% ../nbs/04_eval.ipynb #ec06df2e
+# %% ../nbs/04_eval.ipynb #34c34ab5
 def evaluate(
     recipe: Recipe,       # eval_rows, max_new_tokens, style
     run: Path,            # a run whose exported files are there
     force: bool = False,  # evaluate again
 ) -> dict:                # report.json
-    "Judge base, tuned, merged and every GGUF file on the held-out rows, and write the report, its plots and all answers."
+    "Judge base, tuned, merged and every GGUF file on the held-out rows, and write the report."
     def make(folder):
         rows, held_out = _judged_rows(recipe, run)
-        taught = read_jsonl(Path(run)/'data'/'train.jsonl')
-        nouns = known_nouns([row[field] for row in taught + rows for field in ('instruction', 'input', 'output')])
-        models, answers, scored = {}, {}, {}
-        for name in ('base', 'tuned', 'merged', *(f'gguf-{dtype}' for dtype in recipe.gguf)):
-            model, tok = _load_judged(name, recipe, run)
-            scored[name] = answer_nll(model, tok, rows, recipe.style, recipe.max_length)
-            answers[name] = generate(model, tok, rows, recipe.style, recipe.max_new_tokens)
-            models[name] = summarize(scored[name], recipe.seed) | describe_answers(rows, answers[name], nouns)
-            del model
-        report = dict(rows=len(rows), held_out=held_out, recipe=recipe.name, base=recipe.base, models=models,
-                      differences=_differences(scored, recipe.seed), training=_training(run)) | _cases(rows, answers)
+        models, scored, answers = _judge_models(recipe, run, rows)
+        report = dict(rows=len(rows), held_out=held_out, recipe=recipe.name, base=recipe.base,
+                      models=models, differences=_differences(scored, recipe.seed),
+                      training=_training(run)) | _cases(rows, answers)
         write_json(report, folder/'report.json')
-        write_jsonl([row | {name: made[i]['answer'] for name, made in answers.items()} for i, row in enumerate(rows)],
-                    folder/'answers.jsonl')
-        write_jsonl([{name: made[i] for name, made in scored.items()} for i in range(len(rows))], folder/'scores.jsonl')
+        write_jsonl([row | {name: made[i]['answer'] for name, made in answers.items()}
+                     for i, row in enumerate(rows)], folder/'answers.jsonl')
+        write_jsonl([{name: made[i] for name, made in scored.items()} for i in range(len(rows))],
+                    folder/'scores.jsonl')
         _draw(report, rows, answers, run, folder)
-        for name, text in (('report.md', report_page(report)), ('side_by_side.md', examples_page(report))):
+        for name, text in (('report.md', report_page(report)),
+                           ('side_by_side.md', examples_page(report))):
             (folder/name).write_text(text, encoding='utf-8', newline='\n')
         return report
     return stage(recipe, run, 'eval', make, force)
+
+def _judge_models(recipe, run, rows):
+    "Score every model of a run, one in memory at a time, and let it answer."
+    taught = read_jsonl(Path(run)/'data'/'train.jsonl')
+    nouns = known_nouns([row[field] for row in taught + rows
+                         for field in ('instruction', 'input', 'output')])
+    models, scored, answers = {}, {}, {}
+    for name in ('base', 'tuned', 'merged', *(f'gguf-{dtype}' for dtype in recipe.gguf)):
+        model, tok = _load_judged(name, recipe, run)
+        scored[name] = answer_nll(model, tok, rows, recipe.style, recipe.max_length)
+        answers[name] = generate(model, tok, rows, recipe.style, recipe.max_new_tokens)
+        described = describe_answers(rows, answers[name], nouns)
+        models[name] = summarize(scored[name], recipe.seed) | described
+        del model
+    return models, scored, answers
 
 def _judged_rows(recipe, run):
     "Take the held-out rows, or training rows where the recipe holds none out, and say which."
@@ -371,22 +409,28 @@ def _load_judged(name, recipe, run):
     "Load one of the models that are judged, with its tokenizer."
     if name == 'tuned': return load_tuned(recipe, run)
     if name == 'base': return load_base(recipe, quant='none')
-    if name == 'merged': return load_base(recipe.replace(base=str(need(run, 'merged')), revision=''), quant='none')
+    merged = need(run, 'merged')
+    if name == 'merged':
+        return load_base(recipe.replace(base=str(merged), revision=''), quant='none')
     file = need(run, 'ollama')/f'model-{name.removeprefix("gguf-")}.gguf'
-    return load_gguf(need(run, 'merged'), file).to(pick_device(recipe)[0]).eval(), load_tokenizer(recipe)
+    return load_gguf(merged, file).to(pick_device(recipe)[0]).eval(), load_tokenizer(recipe)
 
 def _differences(scored, seed):
     "Compare base with tuned, tuned with merged, and merged with each file, on the rows that fit."
-    pairs = [('tuned', 'base'), ('merged', 'tuned'), *((name, 'merged') for name in scored if name.startswith('gguf-'))]
-    kept = {name: [s | dict(bits=s['nll'] / math.log(2)) for s in scores if s] for name, scores in scored.items()}
-    ratios = dict(answer_nll=('nll', 'tokens'), token_accuracy=('correct', 'tokens'), bits_per_byte=('bits', 'bytes'))
+    pairs = [('tuned', 'base'), ('merged', 'tuned'),
+             *((name, 'merged') for name in scored if name.startswith('gguf-'))]
+    kept = {name: [s | dict(bits=s['nll'] / math.log(2)) for s in scores if s]
+            for name, scores in scored.items()}
+    ratios = dict(answer_nll=('nll', 'tokens'), token_accuracy=('correct', 'tokens'),
+                  bits_per_byte=('bits', 'bytes'))
     return {f'{one} - {two}': {measure: paired_difference(kept[two], kept[one], *ratio, seed)
                                for measure, ratio in ratios.items()} for one, two in pairs}
 
 def _training(run):
     "Take from the trainer's metrics what the training cost."
     metrics = json.loads((Path(run)/'adapter'/'metrics.json').read_text(encoding='utf-8'))
-    names = ('rows', 'steps', 'train_runtime', 'predicted_seconds', 'tokens_per_second', 'trainable_parameters', 'device', 'mean_token_accuracy')
+    names = ('rows', 'steps', 'train_runtime', 'predicted_seconds', 'tokens_per_second',
+             'trainable_parameters', 'device', 'mean_token_accuracy')
     return {name: metrics[name] for name in names}
 
 def _cases(rows, answers):
@@ -400,8 +444,10 @@ def _cases(rows, answers):
                  for kind, line in table.to_dict('index').items()}
         failures = list_failures(rows, answers['tuned'])
     drawn = side_by_side(rows, answers)
-    return dict(outcomes={end: ends[end] for end in ('better', 'same', 'worse')}, kinds=kinds, failures=failures,
-                examples=[dict(row=int(i)) | line for i, line in zip(drawn.index, drawn.to_dict('records'))])
+    return dict(outcomes={end: ends[end] for end in ('better', 'same', 'worse')}, kinds=kinds,
+                failures=failures,
+                examples=[dict(row=int(i)) | line
+                          for i, line in zip(drawn.index, drawn.to_dict('records'))])
 
 def _draw(report, rows, answers, run, folder):
     "Write models.png and loss.png, and kinds.png where rows have kinds."
@@ -425,7 +471,8 @@ def plot_models(
     for i, m in enumerate(models.values()):
         ax.plot(m['answer_nll_ci'], [i, i], lw=3, color='C0')
         ax.plot(m['answer_nll'], i, 'o', color='C1')
-        ax.annotate(f'{m["answer_nll"]:.3f}', (m['answer_nll'], i), textcoords='offset points', xytext=(0, 6), ha='center')
+        ax.annotate(f'{m["answer_nll"]:.3f}', (m['answer_nll'], i), textcoords='offset points',
+                    xytext=(0, 6), ha='center')
     ax.set_yticks(range(len(models)), models)
     ax.set(xlabel='answer loss, nats a token', ylim=(len(models) - .4, -.8),
            title=f'Answer loss on {report["rows"]:,} rows, 95 % intervals')
@@ -433,8 +480,9 @@ def plot_models(
     ax.grid(alpha=.3, axis='x')
     return ax
 
-# %% ../nbs/04_eval.ipynb #7274817c
-def _must(**properties): return dict(type='object', required=list(properties), properties=properties)
+# %% ../nbs/04_eval.ipynb #08387f91
+def _must(**properties): return dict(type='object', required=list(properties),
+                                     properties=properties)
 def _or_null(schema): return schema | dict(type=[schema['type'], 'null'])
 def _each(schema): return dict(type='object', additionalProperties=schema)
 def _list(schema, **more): return dict(type='array', items=schema) | more
@@ -444,34 +492,41 @@ _SHARE, _NATS = dict(type='number', minimum=0, maximum=1), dict(type='number', m
 _PAIR = dict(minItems=2, maxItems=2)
 _CHANGE = _must(difference=_NUMBER, difference_ci=_list(_NUMBER, **_PAIR))
 _MODEL = _must(
-    answer_nll=_NATS, perplexity=dict(type='number', minimum=1), token_accuracy=_SHARE, bits_per_byte=_NATS,
-    answer_nll_ci=_list(_NATS, **_PAIR), perplexity_ci=_list(_NATS, **_PAIR), token_accuracy_ci=_list(_SHARE, **_PAIR),
+    answer_nll=_NATS, perplexity=dict(type='number', minimum=1), token_accuracy=_SHARE,
+    bits_per_byte=_NATS,
+    answer_nll_ci=_list(_NATS, **_PAIR), perplexity_ci=_list(_NATS, **_PAIR),
+    token_accuracy_ci=_list(_SHARE, **_PAIR),
     bits_per_byte_ci=_list(_NATS, **_PAIR), rows=_COUNT, left_out=_COUNT,
     exact_match=_or_null(_SHARE), exact_match_ci=_or_null(_list(_SHARE, **_PAIR)),
-    stop_rate=_SHARE, characters=_NATS, hangul_share=_SHARE, code_switching=_SHARE, repetition=_SHARE,
-    distinct_characters=_SHARE, distinct_words=_SHARE, particle_agreement=_or_null(_SHARE), particles_decided=_COUNT,
-    particles_undecided=_COUNT, polite_speech=_or_null(_SHARE), mixed_speech=_or_null(_SHARE), speech_read=_COUNT,
+    stop_rate=_SHARE, characters=_NATS, hangul_share=_SHARE, code_switching=_SHARE,
+    repetition=_SHARE,
+    distinct_characters=_SHARE, distinct_words=_SHARE, particle_agreement=_or_null(_SHARE),
+    particles_decided=_COUNT,
+    particles_undecided=_COUNT, polite_speech=_or_null(_SHARE), mixed_speech=_or_null(_SHARE),
+    speech_read=_COUNT,
     chrf=dict(type='number', minimum=0, maximum=100))
 _CASE = _must(question=_TEXT, wanted=_TEXT, answer=_TEXT)
 REPORT_SCHEMA = {'$schema': 'https://json-schema.org/draft/2020-12/schema'} | _must(
     rows=_COUNT, held_out=dict(type='boolean'), recipe=_TEXT, base=_TEXT,
     models=_must(base=_MODEL, tuned=_MODEL, merged=_MODEL) | dict(additionalProperties=_MODEL),
     differences=_each(_must(answer_nll=_CHANGE, token_accuracy=_CHANGE, bits_per_byte=_CHANGE)),
-    training=_must(rows=_COUNT, steps=_COUNT, train_runtime=_NATS, predicted_seconds=_NATS, tokens_per_second=_NATS, trainable_parameters=_COUNT,
+    training=_must(rows=_COUNT, steps=_COUNT, train_runtime=_NATS, predicted_seconds=_NATS,
+                   tokens_per_second=_NATS, trainable_parameters=_COUNT,
                    device=_TEXT, mean_token_accuracy=_SHARE),
     outcomes=_must(better=_COUNT, same=_COUNT, worse=_COUNT), kinds=_or_null(_each(_each(_NATS))),
     failures=_or_null(_each(_list(_CASE, maxItems=5))),
     examples=_list(_must(row=_COUNT, question=_TEXT, wanted=_TEXT, base=_TEXT, tuned=_TEXT,
                          outcome=dict(enum=['better', 'same', 'worse']))))
 
-# %% ../nbs/04_eval.ipynb #31b871c8
+# %% ../nbs/04_eval.ipynb #e41ea24b
 def headline(
     report: dict,  # report.json
 ) -> str:          # one sentence
     "Say in one sentence what training changed."
     base, tuned = report['models']['base'], report['models']['tuned']
     low, high = report['differences']['tuned - base']['answer_nll']['difference_ci']
-    text = (f'On {report["rows"]:,} {"held-out" if report["held_out"] else "training"} rows the answer loss went from '
+    kind = 'held-out' if report['held_out'] else 'training'
+    text = (f'On {report["rows"]:,} {kind} rows the answer loss went from '
             f'{base["answer_nll"]:.3f} to {tuned["answer_nll"]:.3f} nats a token '
             f'(a change of {low:+.2f} to {high:+.2f}, 95 % interval)')
     if base['exact_match'] is not None:
@@ -481,60 +536,83 @@ def headline(
 def _markdown_table(head, lines):
     "Write a table, its cells kept from breaking it."
     cell = lambda value: str(value).replace('|', '\\|').replace('\n', '⏎')
-    return '\n'.join('| ' + ' | '.join(map(cell, line)) + ' |' for line in (head, ['---'] * len(head), *lines))
+    return '\n'.join('| ' + ' | '.join(map(cell, line)) + ' |'
+                     for line in (head, ['---'] * len(head), *lines))
 
 def _percent(share, interval=None):
     "Write a share, with its interval where there is one."
-    return '-' if share is None else f'{share:.1%}' + (f' ({interval[0]:.1%} to {interval[1]:.1%})' if interval else '')
+    if share is None: return '-'
+    return f'{share:.1%}' + (' ({:.1%} to {:.1%})'.format(*interval) if interval else '')
 
 def report_page(
     report: dict,  # report.json
 ) -> str:          # Markdown
     "Write the page that one would send to a colleague."
-    models, ends = report['models'], report['outcomes']
     held = _markdown_table(
-        ['model', 'answer loss, nats a token (95 %)', 'bits per byte', 'token accuracy', 'exact match (95 %)'],
-        [[name, '{:.3f} ({:.3f} to {:.3f})'.format(m['answer_nll'], *m['answer_nll_ci']), f'{m["bits_per_byte"]:.3f}',
-          _percent(m['token_accuracy']), _percent(m['exact_match'], m['exact_match_ci'])] for name, m in models.items()])
-    written = _markdown_table(['the answers\' Korean', 'base', 'tuned'], [
-        [what, *(_percent(models[name][key]) for name in ('base', 'tuned'))] for what, key in (
-            ('ended by themselves', 'stop_rate'), ('Hangul among letters', 'hangul_share'),
-            ('slipped into another language', 'code_switching'), ('repeated runs of four characters', 'repetition'),
-            ('mixed levels of speech', 'mixed_speech'))] +
-        [['particles that fit, of those decided', *(f'{_percent(models[name]["particle_agreement"])} of '
-          f'{models[name]["particles_decided"]:,}' for name in ('base', 'tuned'))],
-         ['chrF against the reference', *(f'{models[name]["chrf"]:.1f}' for name in ('base', 'tuned'))]])
-    change = [f'{pair}: {d["answer_nll"]["difference"]:+.4f} nats a token ({low:+.4f} to {high:+.4f})'
-              for pair, d in report['differences'].items() for low, high in [d['answer_nll']['difference_ci']]]
-    cases = (f'Of {report["rows"]:,} answers tuning made {ends["better"]:,} better (right, or nearer by five points of chrF) and '
-             f'{ends["worse"]:,} worse; {len(report["examples"])} stand side by side in [side_by_side.md](side_by_side.md).')
-    if report['kinds']:
-        weak = sorted(report['kinds'].items(), key=lambda item: item[1]['tuned'])[:3]
-        cases += ' Weakest kinds: ' + ', '.join(f'{kind} {line["tuned"]:.0%}' for kind, line in weak) + '.'
-    plots = [f'![{alt}]({name}.png)' for alt, name in (('answer loss of each model', 'models'), ('loss over the steps', 'loss'),
-             ('exact match by kind', 'kinds')) if name != 'kinds' or report['kinds']]
-    return '\n\n'.join([f'# {headline(report)}', held, 'Differences on the same rows (95 %): ' + '; '.join(change) + '.',
-                        cases, written, '\n\n'.join(plots), '## Limits', _limits(report), '## Again', _again(report)]) + '\n'
+        ['model', 'answer loss, nats a token (95 %)', 'bits per byte', 'token accuracy',
+         'exact match (95 %)'],
+        [[name, '{:.3f} ({:.3f} to {:.3f})'.format(m['answer_nll'], *m['answer_nll_ci']),
+          f'{m["bits_per_byte"]:.3f}', _percent(m['token_accuracy']),
+          _percent(m['exact_match'], m['exact_match_ci'])] for name, m in report['models'].items()])
+    change = ['{}: {:+.4f} nats a token ({:+.4f} to {:+.4f})'.format(
+                  pair, d['answer_nll']['difference'], *d['answer_nll']['difference_ci'])
+              for pair, d in report['differences'].items()]
+    shown = dict(models='answer loss of each model', loss='loss over the steps')
+    if report['kinds']: shown['kinds'] = 'exact match by kind'
+    plots = [f'![{alt}]({name}.png)' for name, alt in shown.items()]
+    return '\n\n'.join([f'# {headline(report)}', held,
+                        'Differences on the same rows (95 %): ' + '; '.join(change) + '.',
+                        _outcomes(report), _written(report['models']), *plots,
+                        '## Limits', _limits(report), '## Again', _again(report)]) + '\n'
+
+def _written(models):
+    "Put what was measured of the answers' Korean into a table."
+    both = [models[name] for name in ('base', 'tuned')]
+    shares = {'ended by themselves': 'stop_rate', 'Hangul among letters': 'hangul_share',
+              'slipped into another language': 'code_switching',
+              'repeated runs of four characters': 'repetition',
+              'mixed levels of speech': 'mixed_speech'}
+    lines = [[what, *(_percent(m[key]) for m in both)] for what, key in shares.items()]
+    lines.append(['particles that fit, of those decided', *(
+        f'{_percent(m["particle_agreement"])} of {m["particles_decided"]:,}' for m in both)])
+    lines.append(['chrF against the reference', *(f'{m["chrf"]:.1f}' for m in both)])
+    return _markdown_table(["the answers' Korean", 'base', 'tuned'], lines)
+
+def _outcomes(report):
+    "Say how many answers became better and worse, and which kinds are weakest."
+    ends = report['outcomes']
+    text = (f'Of {report["rows"]:,} answers tuning made {ends["better"]:,} better '
+            f'(right, or nearer by five points of chrF) and {ends["worse"]:,} worse; '
+            f'{len(report["examples"])} stand side by side in [side_by_side.md](side_by_side.md).')
+    if not report['kinds']: return text
+    weak = sorted(report['kinds'].items(), key=lambda item: item[1]['tuned'])[:3]
+    return text + ' Weakest kinds: ' + ', '.join(
+        f'{kind} {line["tuned"]:.0%}' for kind, line in weak) + '.'
 
 def _limits(report):
     "List what the numbers do not say."
-    limits = [] if report['held_out'] else ['These rows were trained on: nothing here says how it does on others.']
+    limits = []
+    if not report['held_out']:
+        limits.append('These rows were trained on: nothing here says how it does on others.')
     if report['base'] == 'rehearsal':
-        limits.append('The base is the stand-in of the rehearsal: these numbers show that the method works, '
-                      'and say nothing of the quality of Gemma.')
+        limits.append('The base is the stand-in of the rehearsal: these numbers show that '
+                      'the method works, and say nothing of the quality of Gemma.')
     left_out = report['models']['base']['left_out']
     if left_out: limits.append(f'{left_out} rows are longer than max_length and have no loss.')
-    limits += ['The intervals speak of other questions like these, not of another training with another seed.',
-               'Exact match and chrF know one reference. Nobody has read the answers but the programs.']
+    limits += ['The intervals speak of other questions like these, '
+               'not of another training with another seed.',
+               'Exact match and chrF know one reference. '
+               'Nobody has read the answers but the programs.']
     return '\n'.join(f'- {limit}' for limit in limits)
 
 def _again(report):
     "Say how to make the report again, and what it took."
     t = report['training']
-    return (f'In this run\'s folder: `kofinetune run --recipe recipe.json --run ../again`. recipe.json holds every setting, '
-            f'manifest.json every version and hash. Training took {t["train_runtime"]:,.0f} seconds '
-            f'(foretold after its first steps: {t["predicted_seconds"]:,.0f}) for {t["steps"]:,} steps '
-            f'on {t["rows"]:,} rows ({t["device"]}).')
+    return ('In this run\'s folder: `kofinetune run --recipe recipe.json --run ../again`. '
+            'recipe.json holds every setting, manifest.json every version and hash. '
+            f'Training took {t["train_runtime"]:,.0f} seconds (foretold after its first steps: '
+            f'{t["predicted_seconds"]:,.0f}) for {t["steps"]:,} steps on {t["rows"]:,} rows '
+            f'({t["device"]}).')
 
 def examples_page(
     report: dict,  # report.json
@@ -542,26 +620,24 @@ def examples_page(
     "Write the drawn questions with the answers of base and tuned."
     ends, names = report['outcomes'], ('question', 'wanted', 'base', 'tuned', 'outcome')
     return (f'# {len(report["examples"])} questions, before and after\n\n'
-            f'Drawn by a seed. Tuning made {ends["worse"]:,} of {report["rows"]:,} answers worse; up to five of those stand first, '
-            'so they are more frequent here than in truth.\n\n' +
-            _markdown_table(names, [[e[name] for name in names] for e in report['examples']]) + '\n')
+            f'Drawn by a seed. Tuning made {ends["worse"]:,} of {report["rows"]:,} answers worse; '
+            'up to five of those stand first, so they are more frequent here than in truth.\n\n' +
+            _markdown_table(names, [[e[name] for name in names]
+                                    for e in report['examples']]) + '\n')
 
-# %% ../nbs/04_eval.ipynb #0ef26941
-import csv, hashlib, os, re
-from dataclasses import asdict
-from importlib.resources import files
-
-# %% ../nbs/04_eval.ipynb #2a9187e6
+# %% ../nbs/04_eval.ipynb #75de7905
 def draw_pairs(
-    answers: list[dict],                       # answers.jsonl: rows, with each model's answer under its name
+    answers: list[dict],                       # answers.jsonl: rows with each model's answer
     names: tuple[str, str] = ('base', 'tuned'),
     n: int = 20,                               # questions
     seed: int = 0,
-) -> list[dict]:                               # id (the row's number), question, and an answer under each name
-    "Draw `n` rows to which the two models gave different answers: equal ones leave nothing to choose."
+) -> list[dict]:                               # id (of the row), question, an answer by each name
+    "Draw `n` rows to which the two models gave different answers; equal ones leave no choice."
     differ = [i for i, a in enumerate(answers) if a[names[0]].strip() != a[names[1]].strip()]
-    if not differ: raise ValueError(f'{names[0]} and {names[1]} gave the same answer to all {len(answers)} rows')
-    return [dict(id=i, question='\n'.join(filter(None, (answers[i]['instruction'], answers[i]['input']))),
+    if not differ:
+        raise ValueError(f'{" and ".join(names)} gave the same answer to all {len(answers)} rows')
+    return [dict(id=i, question='\n'.join(filter(None, (answers[i]['instruction'],
+                                                        answers[i]['input']))),
                  **{name: answers[i][name] for name in names})
             for i in sorted(random.Random(seed).sample(differ, min(n, len(differ))))]
 
@@ -570,11 +646,12 @@ def write_sheet(
     folder: Path,                               # made if absent
     names: tuple[str, str] = ('base', 'tuned'),
     seed: int = 0,                              # decides, for each question, who is A
-) -> Path:                                      # sheet.html, to send to people; key.json beside it, to keep
+) -> Path:                                      # sheet.html, to send; key.json beside it, to keep
     "Write a page that asks which answer is better and hides who wrote it, and the key to it."
     from jinja2 import Environment
     order = {p['id']: random.Random(f'{seed}/{p["id"]}').sample(names, 2) for p in pairs}
-    items = [dict(id=p['id'], question=p['question'], a=p[order[p['id']][0]], b=p[order[p['id']][1]]) for p in pairs]
+    items = [dict(id=p['id'], question=p['question'], a=p[order[p['id']][0]],
+                  b=p[order[p['id']][1]]) for p in pairs]
     sheet = hashlib.sha256(json.dumps(items).encode()).hexdigest()[:12]
     template = (files('kofinetune')/'assets'/'sheet.html').read_text(encoding='utf-8')
     page = Environment(autoescape=True).from_string(template).render(sheet=sheet, items=items)
@@ -583,45 +660,51 @@ def write_sheet(
     write_json(dict(sheet=sheet, seed=seed, order=order), Path(folder)/'key.json')
     return Path(folder)/'sheet.html'
 
-# %% ../nbs/04_eval.ipynb #6d247369
+# %% ../nbs/04_eval.ipynb #58dee511
 def read_sheet(
     csv_file: Path,  # what the page's button gave
     key_file: Path,  # the key.json of that page
 ) -> list[dict]:     # id, winner (a model's name, 'tie', or None where nothing was chosen), note
-    "Read a filled sheet. Raises ValueError where the key belongs to another sheet, or a line cannot be read."
+    "Read a filled sheet. Raises ValueError for another sheet's key, or a line that cannot be read."
     key = json.loads(Path(key_file).read_text(encoding='utf-8'))
     with Path(csv_file).open(encoding='utf-8-sig', newline='') as f: lines = list(csv.DictReader(f))
     found = {}
     for number, line in enumerate(lines, 2):
         sheet, i, choice = (line.get(name) for name in ('sheet', 'id', 'choice'))
         if sheet != key['sheet']:
-            raise ValueError(f'{csv_file} line {number} is of sheet {sheet!r}, and {key_file} of {key["sheet"]!r}; use its own key')
-        if i not in key['order'] or i in found: raise ValueError(f'{csv_file} line {number} has id {i!r}, unknown or twice')
+            raise ValueError(f'{csv_file} line {number} is of sheet {sheet!r}, '
+                             f'and {key_file} of {key["sheet"]!r}; use its own key')
+        if i not in key['order'] or i in found:
+            raise ValueError(f'{csv_file} line {number} has id {i!r}, unknown or twice')
         if choice not in ('A', 'B', 'tie', ''):
-            raise ValueError(f'{csv_file} line {number} has choice {choice!r}; it is A, B, tie or empty')
+            raise ValueError(f'{csv_file} line {number} has choice {choice!r}; '
+                             'it is A, B, tie or empty')
         winner = dict(A=key['order'][i][0], B=key['order'][i][1], tie='tie').get(choice)
         found[i] = dict(id=int(i), winner=winner, note=line.get('note') or '')
     if len(found) < len(key['order']):
-        raise ValueError(f'{csv_file} has {len(found)} of {len(key["order"])} questions; download it from the page again')
+        raise ValueError(f'{csv_file} has {len(found)} of {len(key["order"])} questions; '
+                         'download it from the page again')
     return sorted(found.values(), key=lambda v: v['id'])
 
 def count_wins(
     verdicts: list[dict],  # what `read_sheet` or `judge_pairs` returns
     name: str = 'tuned',   # the model whose wins are counted
-) -> dict:                 # wins, ties, losses, open; share of wins among decided, share_ci (95 %), p_value
+) -> dict:                 # wins, ties, losses, open; share (of decided), share_ci (95 %), p_value
     "Count how often a model won, with Wilson's interval and the sign test."
     from scipy.stats import binomtest
     given = [v['winner'] for v in verdicts if v['winner']]
     wins, ties = given.count(name), given.count('tie')
-    counts = dict(wins=wins, ties=ties, losses=len(given) - wins - ties, open=len(verdicts) - len(given))
+    counts = dict(wins=wins, ties=ties, losses=len(given) - wins - ties,
+                  open=len(verdicts) - len(given))
     if len(given) == ties: return counts | dict(share=None, share_ci=None, p_value=None)
     test = binomtest(wins, len(given) - ties)
-    return counts | dict(share=test.statistic, share_ci=[float(q) for q in test.proportion_ci(method='wilson')],
+    return counts | dict(share=test.statistic,
+                         share_ci=[float(q) for q in test.proportion_ci(method='wilson')],
                          p_value=float(test.pvalue))
 
 def measure_agreement(
-    first: list[dict], second: list[dict],  # two people's, or a person's and a judge's, verdicts on the same pairs
-) -> dict:                                  # pairs (both decided on), same (share), kappa (None where luck alone gives 1)
+    first: list[dict], second: list[dict],  # two people's or judges' verdicts on the same pairs
+) -> dict:                                  # pairs (both decided), same (share), kappa (or None)
     "Measure how far two sets of verdicts agree."
     others = {v['id']: v['winner'] for v in second}
     both = [(v['winner'], others[v['id']]) for v in first if v['winner'] and others.get(v['id'])]
@@ -631,7 +714,7 @@ def measure_agreement(
     luck = sum(one[c] * two[c] for c in one) / len(both) ** 2
     return dict(pairs=len(both), same=same, kappa=None if luck == 1 else (same - luck) / (1 - luck))
 
-# %% ../nbs/04_eval.ipynb #34b05089
+# %% ../nbs/04_eval.ipynb #be37c57d
 JUDGE_PROMPT = '''Two assistants answered the same question from a Korean user. Which answer is better?
 Judge whether it is right first, then whether it is complete, then whether the Korean is natural. Length and order do not matter.
 
@@ -647,6 +730,18 @@ Judge whether it is right first, then whether it is complete, then whether the K
 Reply with one word and nothing else: A, B or TIE.'''
 VERDICT = re.compile(r'\W*(a|b|tie)\W*', re.I)
 
+def judge_key(
+    base_url: str,  # of the judge's server
+) -> str | None:    # what OPENAI_API_KEY holds
+    "Read the key of a judge from the environment, for no other way than https or this machine."
+    import httpx
+    key, url = os.environ.get('OPENAI_API_KEY'), httpx.URL(base_url)
+    if key and not re.fullmatch('[!-~]+', key):
+        raise ValueError('OPENAI_API_KEY has a space, a line end or a letter that no header can carry; set it again')
+    if key and url.scheme != 'https' and not is_loopback(url.host):
+        raise ValueError(f'{base_url} is not https, and OPENAI_API_KEY would be sent in the open; unset the key, or use https')
+    return key
+
 def ask_judge(
     question: str, a: str, b: str,
     model: str,                     # as the server calls it
@@ -656,7 +751,7 @@ def ask_judge(
 ) -> tuple[str | None, str]:        # 'A', 'B', 'tie' or None, and what failed ('' when nothing did)
     "Ask an OpenAI-compatible server once which of two answers is better, at temperature 0."
     import httpx
-    key = os.environ.get('OPENAI_API_KEY')
+    key = judge_key(base_url)
     said = dict(role='user', content=JUDGE_PROMPT.format(question=question, a=a, b=b))
     try:
         response = httpx.post(f'{base_url.rstrip("/")}/chat/completions', timeout=timeout,
@@ -672,31 +767,35 @@ def ask_judge(
 
 def judge_pairs(
     pairs: list[dict],                          # what `draw_pairs` returns
-    ask,                                        # called with question, A, B: returns what `ask_judge` returns
+    ask,                                        # of question, A, B: returns as `ask_judge` does
     names: tuple[str, str] = ('base', 'tuned'),
-) -> list[dict]:                                # id, winner (or 'tie', or None), said (two replies), failures
+) -> list[dict]:                                # id, winner ('tie', None), said (twice), failures
     "Let a judge decide each pair in both orders."
     verdicts = []
     for pair in pairs:
         asked = [ask(pair['question'], pair[x], pair[y]) for x, y in (names, names[::-1])]
         said = [verdict for verdict, _ in asked]
-        seen = [{'A': x, 'B': y}.get(verdict, verdict) for verdict, (x, y) in zip(said, (names, names[::-1]))]
+        seen = [{'A': x, 'B': y}.get(verdict, verdict)
+                for verdict, (x, y) in zip(said, (names, names[::-1]))]
         winner = None if None in seen else seen[0] if seen[0] == seen[1] else 'tie'
-        verdicts.append(dict(id=pair['id'], winner=winner, said=said, failures=[why for _, why in asked if why]))
+        verdicts.append(dict(id=pair['id'], winner=winner, said=said,
+                             failures=[why for _, why in asked if why]))
     return verdicts
 
 def measure_judge(
     verdicts: list[dict],  # what `judge_pairs` returns
-) -> dict:                 # asked, failed (reason -> count), flips (share of pairs), first (share of A among A and B)
+) -> dict:                 # asked, failed (reason -> count), flips (share), first (share of A)
     "Count a judge's failures, and how far its verdicts hang on the order of the answers."
     said = Counter(s for v in verdicts for s in v['said'])
     both = [v['said'] for v in verdicts if None not in v['said']]
     turned = sum(sorted(s) not in (['A', 'B'], ['tie', 'tie']) for s in both)
     decided = said['A'] + said['B']
-    return dict(asked=2 * len(verdicts), failed=dict(Counter(why for v in verdicts for why in v['failures'])),
-                flips=turned / len(both) if both else None, first=said['A'] / decided if decided else None)
+    return dict(asked=2 * len(verdicts),
+                failed=dict(Counter(why for v in verdicts for why in v['failures'])),
+                flips=turned / len(both) if both else None,
+                first=said['A'] / decided if decided else None)
 
-# %% ../nbs/04_eval.ipynb #f9c96884
+# %% ../nbs/04_eval.ipynb #61f7a74d
 def plant_pairs(
     rows: list[dict],  # with kind
     n: int = 20,
@@ -706,48 +805,60 @@ def plant_pairs(
     draw, pairs = random.Random(seed), []
     for i in sorted(draw.sample(range(len(rows)), min(n, len(rows)))):
         row = rows[i]
-        wrong = [r['output'] for r in rows if r['kind'] == row['kind'] and r['output'] != row['output']]
+        wrong = [r['output'] for r in rows if r['kind'] == row['kind']
+                 and r['output'] != row['output']]
         question = '\n'.join(filter(None, (row['instruction'], row['input'])))
-        if wrong: pairs.append(dict(id=i, question=question, right=row['output'], wrong=draw.choice(wrong)))
+        if wrong: pairs.append(dict(id=i, question=question, right=row['output'],
+                                    wrong=draw.choice(wrong)))
     return pairs
 
 def weigh_judge(
     planted: list[dict],        # verdicts on planted pairs
     judged: list[dict] = (),    # verdicts on base against tuned
     human: list[dict] = (),     # what `read_sheet` returns, on the same pairs
-) -> dict:                      # planted, order, agreement, refused (reasons), scores (None where refused)
+) -> dict:                      # planted, order, agreement, refused (reasons), scores (or None)
     "Decide whether a judge's verdicts may be used, and count them only then."
     from scipy.stats import binomtest
     right, total = sum(v['winner'] == 'right' for v in planted), len(planted)
     low, high = binomtest(right, total).proportion_ci(method='wilson')
     agreement, refused = measure_agreement(human, judged), []
-    if low <= .5: refused.append(f'it found {right} of {total} planted answers, no surer than a coin')
-    if agreement['pairs'] < 10: refused.append(f'it shares {agreement["pairs"]} pairs with a human sheet; 10 are needed')
+    if low <= .5:
+        refused.append(f'it found {right} of {total} planted answers, no surer than a coin')
+    if agreement['pairs'] < 10:
+        refused.append(f'it shares {agreement["pairs"]} pairs with a human sheet; 10 are needed')
     elif agreement['same'] < 1 and agreement['kappa'] < .4:
         refused.append(f'its kappa with the human sheet is {agreement["kappa"]:.2f}, below 0.4')
-    return dict(planted=dict(right=right, of=total, share_ci=[float(low), float(high)]), refused=refused, agreement=agreement,
-                order=measure_judge([*planted, *judged]), scores=None if refused else count_wins(judged))
+    return dict(planted=dict(right=right, of=total, share_ci=[float(low), float(high)]),
+                refused=refused, agreement=agreement,
+                order=measure_judge([*planted, *judged]),
+                scores=None if refused else count_wins(judged))
 
-# %% ../nbs/04_eval.ipynb #d6615fb5
+# %% ../nbs/04_eval.ipynb #19658130
 BENCHMARKS = ('kobest', 'haerae', 'kmmlu')
 
 def load_tasks(
     name: str | dict,  # kobest, haerae, kmmlu, one of their tasks, or a task's own definition
-    **changes,         # fields to replace where `name` is a single task, such as dataset_kwargs=dict(revision='...')
+    **changes,         # fields to replace, for a single task: dataset_kwargs=dict(revision='...')
 ) -> dict:             # task's name -> the harness's task, with its data
-    "Find tasks in the harness and load their data. ValueError: no such task; RuntimeError: no harness, or no data."
+    "Load tasks of the harness. ValueError: no such task; RuntimeError: no harness, or no data."
     try: import lm_eval
-    except ModuleNotFoundError: raise RuntimeError("lm-eval is missing; install it with: pip install 'kofinetune[bench]'") from None
+    except ModuleNotFoundError:
+        message = "lm-eval is missing; install it with: pip install 'kofinetune[bench]'"
+        raise RuntimeError(message) from None
     import logging
     from lm_eval.tasks import TaskManager
     logging.getLogger('lm_eval').setLevel('CRITICAL')
-    folders = [str(Path(lm_eval.__file__).parent/'tasks'/b) for b in BENCHMARKS if str(name).split('_')[0] == b]
+    folders = [str(Path(lm_eval.__file__).parent/'tasks'/b)
+               for b in BENCHMARKS if str(name).split('_')[0] == b]
     known = TaskManager(include_path=folders, include_defaults=False)
     if isinstance(name, str) and name not in known.all_tasks:
-        raise ValueError(f'there is no benchmark {name!r}; there are {", ".join(BENCHMARKS)}, and their tasks, such as kobest_copa')
-    try: return known.load(dict(group='changed', task=[dict(task=name, **changes)]) if changes else name)['tasks']
+        raise ValueError(f'there is no benchmark {name!r}; there are {", ".join(BENCHMARKS)}, '
+                         'and their tasks, such as kobest_copa')
+    try: return known.load(dict(group='changed',
+                                task=[dict(task=name, **changes)]) if changes else name)['tasks']
     except OSError as e:
-        raise RuntimeError(f'the data of {name} could not be loaded ({str(e).splitlines()[0]}); it needs a network, once') from None
+        raise RuntimeError(f'the data of {name} could not be loaded ({str(e).splitlines()[0]}); '
+                           'it needs a network, once') from None
 
 def choice_task(
     rows: list[dict],      # with kind
@@ -762,9 +873,12 @@ def choice_task(
         others = sorted({r['output'] for r in rows if r['kind'] == row['kind']} - {row['output']})
         if len(others) < choices - 1: continue
         shown = draw.sample([row['output'], *draw.sample(others, choices - 1)], choices)
-        docs.append(dict(prompt=format_prompt(row, style), choices=shown, gold=shown.index(row['output'])))
-    return dict(task='own_rows', custom_dataset=lambda **_: dict(test=Dataset.from_list(docs)), test_split='test',
-                output_type='multiple_choice', doc_to_text='prompt', doc_to_choice='choices', doc_to_target='gold',
+        docs.append(dict(prompt=format_prompt(row, style), choices=shown,
+                         gold=shown.index(row['output'])))
+    return dict(task='own_rows', custom_dataset=lambda **_: dict(test=Dataset.from_list(docs)),
+                test_split='test',
+                output_type='multiple_choice', doc_to_text='prompt', doc_to_choice='choices',
+                doc_to_target='gold',
                 target_delimiter='', metric_list=[dict(metric='acc')], metadata=dict(version=1))
 
 def run_tasks(
@@ -773,28 +887,34 @@ def run_tasks(
     limit: int | None = None,  # questions of each task; None: all
     few_shots: int = 0,        # solved examples before each question
     batch_size: int = 16,
-) -> dict:                     # accuracy, accuracy_ci (Wilson, 95 %), chance, majority, rows, correct, prompt, data, versions
+) -> dict:                     # accuracy, accuracy_ci (95 %), chance, majority, rows, correct, ...
     "Let the harness ask a model, and set the chance line beside what it got right."
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from scipy.stats import binomtest
     made = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size), tasks=list(tasks.values()), limit=limit,
+        model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
+        tasks=list(tasks.values()), limit=limit,
         num_fewshot=few_shots, bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
     asked = [s for name in tasks for s in sorted(made['samples'][name], key=lambda s: s['doc_id'])]
     correct = [int(s['acc']) for s in asked]
     shares = [binomtest(sum(correct), len(asked)).proportion_ci(method='wilson')]
     usual = sum(max(Counter(s['target'] for s in made['samples'][name]).values()) for name in tasks)
     return dict(accuracy=sum(correct) / len(asked), accuracy_ci=[float(q) for q in shares[0]],
-                chance=sum(1 / len(s['arguments']) for s in asked) / len(asked), majority=usual / len(asked), rows=len(asked),
-                correct=correct, prompt=asked[0]['arguments'][0], few_shots=few_shots, data=_data_ids(tasks),
+                chance=sum(1 / len(s['arguments']) for s in asked) / len(asked),
+                majority=usual / len(asked), rows=len(asked),
+                correct=correct, prompt=asked[0]['arguments'][0], few_shots=few_shots,
+                data=_data_ids(tasks),
                 versions={'lm-eval': lm_eval.__version__} | made['versions'])
 
 def _data_ids(tasks):
     "Name the state of each data set: the Hub's revision, or what datasets computed of local rows."
-    splits = {name: task.dataset[task.config.test_split or task.config.validation_split] for name, task in tasks.items()}
-    return {name: Path(d.cache_files[0]['filename']).parent.name if d.cache_files else d._fingerprint for name, d in splits.items()}
+    splits = {name: task.dataset[task.config.test_split or task.config.validation_split]
+              for name, task in tasks.items()}
+    def identity(d):
+        return Path(d.cache_files[0]['filename']).parent.name if d.cache_files else d._fingerprint
+    return {name: identity(d) for name, d in splits.items()}
 
 def benchmark(
     recipe: Recipe,
@@ -802,18 +922,20 @@ def benchmark(
     names: tuple[str | dict, ...] = BENCHMARKS,  # what `load_tasks` takes
     out: Path | None = None,                     # a folder for bench.json
     **options,                                   # of `run_tasks`
-) -> dict:                                       # benchmark -> {'base': ..., 'tuned': ..., 'difference': ..., 'difference_ci': ...}
+) -> dict:                                       # benchmark -> base, tuned, difference (_ci)
     "Ask a run's base and tuned models the questions of benchmarks."
     loaded = {name if isinstance(name, str) else name['task']: load_tasks(name) for name in names}
     need(run, 'adapter')
     result = {name: {} for name in loaded}
     for kind in ('base', 'tuned'):
         model, tok = _load_judged(kind, recipe, run)
-        for name, tasks in loaded.items(): result[name][kind] = run_tasks(model, tok, tasks, **options)
+        for name, tasks in loaded.items():
+            result[name][kind] = run_tasks(model, tok, tasks, **options)
         del model
     for seen in result.values():
         seen |= paired_difference([dict(correct=c) for c in seen['base']['correct']],
-                                  [dict(correct=c) for c in seen['tuned']['correct']], 'correct', None, recipe.seed)
+                                  [dict(correct=c) for c in seen['tuned']['correct']], 'correct',
+                                  None, recipe.seed)
     if out: write_json(result, _folder(out)/'bench.json')
     return result
 
@@ -822,39 +944,49 @@ def _folder(path):
     Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
 
-# %% ../nbs/04_eval.ipynb #ba38ffcc
-MEASURES = dict(answer_nll=('nll', 'tokens'), token_accuracy=('correct', 'tokens'), bits_per_byte=('bits', 'bytes'),
+# %% ../nbs/04_eval.ipynb #a0069282
+MEASURES = dict(answer_nll=('nll', 'tokens'), token_accuracy=('correct', 'tokens'),
+                bits_per_byte=('bits', 'bytes'),
                 exact_match=('match', None))
-COSTS = ('num_tokens', 'steps', 'train_runtime', 'tokens_per_second', 'peak_memory_bytes', 'trainable_parameters', 'device')
+COSTS = ('num_tokens', 'steps', 'train_runtime', 'tokens_per_second', 'peak_memory_bytes',
+         'trainable_parameters', 'device')
 
 def read_run(
     run: Path,  # a run whose eval stage is done
 ) -> dict:      # recipe, metrics, log, scores ({row: {'base': ..., 'tuned': ...}}), trained (rows)
-    "Read what `compare_runs` compares. Raises FileNotFoundError where the stage or its scores are missing."
+    "Read what `compare_runs` compares. Raises FileNotFoundError where stage or scores are missing."
     folder = need(run, 'eval')
     if not (folder/'scores.jsonl').is_file():
-        raise FileNotFoundError(f'{folder/"scores.jsonl"} is missing; make it with: kofinetune eval --run {run} --force')
+        raise FileNotFoundError(f'{folder/"scores.jsonl"} is missing; '
+                                f'make it with: kofinetune eval --run {run} --force')
     def key(row): return row['instruction'], row['input'], row['output']
     scores = {}
-    for row, score in zip(read_jsonl(folder/'answers.jsonl'), read_jsonl(folder/'scores.jsonl'), strict=True):
+    for row, score in zip(read_jsonl(folder/'answers.jsonl'), read_jsonl(folder/'scores.jsonl'),
+                          strict=True):
         scores[key(row)] = {name: score[name] and score[name] | dict(
-            bits=score[name]['nll'] / math.log(2), match=exact_match(row, row[name]) if 'kind' in row else None)
+            bits=score[name]['nll'] / math.log(2),
+            match=exact_match(row, row[name]) if 'kind' in row else None)
             for name in ('base', 'tuned')}
-    return dict(recipe=asdict(Recipe.load(Path(run)/'recipe.json')), scores=scores, log=read_jsonl(Path(run)/'adapter'/'log.jsonl'),
-                metrics=json.loads((Path(run)/'adapter'/'metrics.json').read_text(encoding='utf-8')),
+    return dict(recipe=asdict(Recipe.load(Path(run)/'recipe.json')), scores=scores,
+                log=read_jsonl(Path(run)/'adapter'/'log.jsonl'),
+                metrics=json.loads((Path(run)/'adapter'/'metrics.json').read_text('utf-8')),
                 trained={key(row) for row in read_jsonl(Path(run)/'data'/'train.jsonl')})
 
 def shared_rows(
     runs: dict[str, dict],          # name -> what `read_run` returns
 ) -> tuple[list[tuple], list[str]]:  # rows that every run scored, and what to know about them
     "Find the rows on which runs can be compared. Raises ValueError where there is none."
-    scored = {name: {row for row, s in r['scores'].items() if s['base'] and s['tuned']} for name, r in runs.items()}
+    scored = {name: {row for row, s in r['scores'].items() if s['base'] and s['tuned']}
+              for name, r in runs.items()}
     rows = sorted(set.intersection(*scored.values()))
-    if not rows: raise ValueError(f'{" and ".join(runs)} were judged on different rows and share none; '
-                                  'give them the same source, seed and valid_rows')
-    notes = [f'{name}: {len(s)} rows were judged, {len(rows)} of them by every run' for name, s in scored.items() if len(s) > len(rows)]
+    if not rows:
+        raise ValueError(f'{" and ".join(runs)} were judged on different rows and share none; '
+                         'give them the same source, seed and valid_rows')
+    notes = [f'{name}: {len(s)} rows were judged, {len(rows)} of them by every run'
+             for name, s in scored.items() if len(s) > len(rows)]
     seen = {name: sum(row in r['trained'] for row in rows) for name, r in runs.items()}
-    notes += [f'{name} was TRAINED on {n} of these {len(rows)} rows: its numbers are too good' for name, n in seen.items() if n]
+    notes += [f'{name} was TRAINED on {n} of these {len(rows)} rows: its numbers are too good'
+              for name, n in seen.items() if n]
     if len({r['recipe']['base'] for r in runs.values()}) > 1:
         notes.append('the bases differ: compare bits per byte, not loss, where their tokenizers do')
     if len({r['recipe']['loss'] for r in runs.values()}) > 1:
@@ -865,27 +997,36 @@ def compare_runs(
     runs: list[Path],         # finished runs; the others are compared with the first
     out: Path | None = None,  # a folder for compare.json, compare.md and compare.png
     seed: int = 0,            # of the bootstrap
-) -> dict:                    # rows, notes, runs (measures and costs), differences, recipe (fields that differ)
-    "Put runs side by side: measures on the same rows with paired intervals, cost, and what was set differently."
-    paths = {(Path(r).name if len({Path(q).name for q in runs}) == len(runs) else str(r)): Path(r) for r in runs}
-    if len(paths) < 2: raise ValueError(f'{len(paths)} run to compare; name two different ones or more')
+) -> dict:                    # rows, notes, runs (measures, costs), differences, recipe (changed)
+    "Put runs side by side: measures on the same rows with paired intervals, cost, settings."
+    short = len({Path(run).name for run in runs}) == len(runs)
+    paths = {Path(run).name if short else str(run): Path(run) for run in runs}
+    if len(paths) < 2:
+        raise ValueError(f'{len(paths)} run to compare; name two different ones or more')
     read = {name: read_run(path) for name, path in paths.items()}
     rows, notes = shared_rows(read)
     chosen = {name: [r['scores'][row]['tuned'] for row in rows] for name, r in read.items()}
     first = next(iter(chosen))
-    measures = {m: p for m, p in MEASURES.items() if all(s[p[0]] is not None for scores in chosen.values() for s in scores)}
-    def total(scores, name): return sum(s[name] for s in scores) if name else len(scores)
-    def measured(scores): return {m: total(scores, top) / total(scores, bottom) for m, (top, bottom) in measures.items()}
+    measures = {m: p for m, p in MEASURES.items()
+                if all(s[p[0]] is not None for scores in chosen.values() for s in scores)}
+    def described(name, r):
+        base = _measured([r['scores'][row]['base'] for row in rows], measures)
+        return _measured(chosen[name], measures) | {f'base_{m}': v for m, v in base.items()} | {
+            c: r['metrics'].get(c) for c in COSTS}
     result = dict(
-        rows=len(rows), notes=notes,
-        runs={name: measured(chosen[name]) | {f'base_{m}': v for m, v in measured([r['scores'][row]['base'] for row in rows]).items()}
-              | {c: r['metrics'].get(c) for c in COSTS} for name, r in read.items()},
-        differences={name: {m: paired_difference(chosen[first], scores, *p, seed) for m, p in measures.items()}
+        rows=len(rows), notes=notes, runs={name: described(name, r) for name, r in read.items()},
+        differences={name: {m: paired_difference(chosen[first], scores, *p, seed)
+                            for m, p in measures.items()}
                      for name, scores in chosen.items() if name != first},
         recipe={f: {name: r['recipe'][f] for name, r in read.items()} for f in read[first]['recipe']
                 if f != 'name' and len({json.dumps(r['recipe'][f]) for r in read.values()}) > 1})
     if out: _write_comparison(result, read, _folder(out))
     return result
+
+def _measured(scores, measures):
+    "Divide the sums that each measure names."
+    def total(name): return sum(s[name] for s in scores) if name else len(scores)
+    return {m: total(top) / total(bottom) for m, (top, bottom) in measures.items()}
 
 def comparison_table(
     result: dict,         # what `compare_runs` returns
@@ -893,13 +1034,19 @@ def comparison_table(
     "Lay the comparison out as lines of text."
     names = list(result['runs'])
     lines = [['', *names, *(f'{name} - {names[0]} (95 %)' for name in names[1:])]]
-    def number(v): return '-' if v is None else f'{v:,.3f}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
-    def change(d): return f'{d["difference"]:+.3f} ({d["difference_ci"][0]:+.3f} to {d["difference_ci"][1]:+.3f})'
+    def number(v):
+        if v is None or isinstance(v, str): return v or '-'
+        return f'{v:,.3f}' if isinstance(v, float) else f'{v:,}'
+    def change(d):
+        return '{:+.3f} ({:+.3f} to {:+.3f})'.format(d['difference'], *d['difference_ci'])
     for m in next(iter(result['differences'].values())):
-        lines.append([m, *(number(result['runs'][n][m]) for n in names), *(change(result['differences'][n][m]) for n in names[1:])])
+        lines.append([m, *(number(result['runs'][n][m]) for n in names),
+                      *(change(result['differences'][n][m]) for n in names[1:])])
     blank = [''] * (len(names) - 1)
-    for m in ('base_answer_nll', *COSTS): lines.append([m, *(number(result['runs'][n][m]) for n in names), *blank])
-    return lines + [[f'recipe: {f}', *map(str, values.values()), *blank] for f, values in result['recipe'].items()]
+    for m in ('base_answer_nll',
+              *COSTS): lines.append([m, *(number(result['runs'][n][m]) for n in names), *blank])
+    return lines + [[f'recipe: {f}', *map(str, values.values()), *blank]
+                    for f, values in result['recipe'].items()]
 
 def plot_runs(
     runs: dict[str, dict],  # name -> what `read_run` returns
@@ -909,10 +1056,13 @@ def plot_runs(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(8, 4))[1]
     for i, (name, r) in enumerate(runs.items()):
-        for key, style, label in (('loss', dict(lw=1, alpha=.5), 'training'), ('eval_loss', dict(marker='o', lw=2), 'held out')):
+        for key, style, label in (('loss', dict(lw=1, alpha=.5), 'training'),
+                                  ('eval_loss', dict(marker='o', lw=2), 'held out')):
             points = [(e['epoch'], e[key]) for e in r['log'] if key in e]
-            if points: ax.plot(*zip(*points), color=f'C{i}', label=f'{name}, {label} (loss={r["recipe"]["loss"]})', **style)
-    ax.set(xlabel='epoch', ylabel='loss, nats per graded token', yscale='log', title='Loss of each run')
+            if points: ax.plot(*zip(*points), color=f'C{i}',
+                               label=f'{name}, {label} (loss={r["recipe"]["loss"]})', **style)
+    ax.set(xlabel='epoch', ylabel='loss, nats per graded token', yscale='log',
+           title='Loss of each run')
     ax.legend(); ax.grid(alpha=.3)
     return ax
 
@@ -923,7 +1073,8 @@ def _write_comparison(result, read, folder):
     figure = Figure(figsize=(8, 4), layout='constrained')
     plot_runs(read, figure.subplots())
     figure.savefig(folder/'compare.png', dpi=110)
-    head, *lines = [[cell.replace('|', '\\|') for cell in line] for line in comparison_table(result)]
+    head, *lines = [[cell.replace('|', '\\|') for cell in line]
+                    for line in comparison_table(result)]
     table = ['| ' + ' | '.join(line) + ' |' for line in (head, ['---'] * len(head), *lines)]
     notes = ''.join(f'- {note}\n' for note in result['notes'])
     text = (f'# {", ".join(result["runs"])} on {result["rows"]:,} rows\n\n' + '\n'.join(table) +

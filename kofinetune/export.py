@@ -7,12 +7,12 @@ __all__ = ['UNREACHABLE', 'TYPES', 'STOPS', 'SMALL', 'LIMITS', 'PARTS', 'EQUAL',
            'read_tokens', 'plan_tensor', 'open_tensors', 'plan_file', 'file_keys', 'write_gguf', 'read_gguf',
            'check_gguf', 'load_gguf', 'prompt_template', 'modelfile_value', 'modelfile', 'read_modelfile', 'licences',
            'check_name', 'serve_gguf', 'difficult_rows', 'reference_answers', 'verify_gguf', 'round_like',
-           'own_rounding', 'proof_failures', 'server_url', 'server_version', 'list_models', 'create_model',
-           'compare_texts', 'verify_ollama', 'fallen_back', 'served_file', 'export_ollama', 'served_differences',
-           'verify_run']
+           'own_rounding', 'proof_failures', 'server_url', 'is_loopback', 'server_version', 'list_models', 'named_file',
+           'create_model', 'compare_texts', 'verify_ollama', 'escape_text', 'fallen_back', 'served_file',
+           'export_ollama', 'served_differences', 'verify_run']
 
-# %% ../nbs/03_ollama_export.ipynb #1224d806
-import json, os, re, unicodedata
+# %% ../nbs/03_ollama_export.ipynb #9826703b
+import ipaddress, json, os, re, unicodedata
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from .data import (INPUT_HEAD, INSTRUCTION_HEAD, RESPONSE_HEAD, SECTION_GAP, STY
                              Recipe, file_hashes, format_prompt, load_rows, need, read_jsonl,
                              read_manifest, run_lock, stage, write_json)
 
-# %% ../nbs/03_ollama_export.ipynb #97215fae
+# %% ../nbs/03_ollama_export.ipynb #dcbc3c49
 def read_config(
     model_dir: Path,  # a folder with the config.json of a Gemma 3 text model
 ) -> dict:            # the configuration, as transformers 5 writes it
@@ -29,7 +29,7 @@ def read_config(
     path = Path(model_dir)/'config.json'
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing; make it with: kofinetune merge')
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = _read_json(path)
     known = dict(model_type='gemma3_text')
     if config.get('model_type') == 'gemma3_text':
         kinds = ['full_attention' if i % 6 == 5 else 'sliding_attention'
@@ -48,6 +48,12 @@ def read_config(
             raise ValueError(f'{path}: {key} is {seen!r}; the export knows only {value!r}')
     return config
 
+def _read_json(path):
+    "Read a file of the merged folder."
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{path} cannot be read ({e}); make it again with: kofinetune merge --force') from None
+
 # %% ../nbs/03_ollama_export.ipynb #7266c6f4
 def token_scores(
     merges: list,        # pairs of pieces, or 'left right', in order of rank
@@ -59,7 +65,7 @@ def token_scores(
         scores.setdefault(left + right, -float(rank))
     return scores
 
-# %% ../nbs/03_ollama_export.ipynb #67defe88
+# %% ../nbs/03_ollama_export.ipynb #996e6aec
 UNREACHABLE = -1e6  # the score of a piece that no merge makes
 
 def read_tokens(
@@ -71,7 +77,7 @@ def read_tokens(
     path = Path(model_dir)/'tokenizer.json'
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing; make it with: kofinetune merge')
-    data = json.loads(path.read_text(encoding='utf-8'))
+    data = _read_json(path)
     _check_tokenizer(path, data, size)
     scores, kept = token_scores(data['model']['merges']), [None] * size
     for text, i in data['model']['vocab'].items():
@@ -128,19 +134,22 @@ def plan_tensor(
     if len(shape) == 1: return 'F32'
     return 'BF16' if dtype == 'q8_0' and shape[-1] % 32 else TYPES[dtype]
 
-# %% ../nbs/03_ollama_export.ipynb #bcfd9287
+# %% ../nbs/03_ollama_export.ipynb #51abac3c
 @contextmanager
 def open_tensors(
     model_dir: Path,  # a folder with one or several .safetensors files
 ):                    # name -> an open file that holds it
     "Open the safetensors of `model_dir` without reading them."
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     paths = sorted(Path(model_dir).glob('*.safetensors'))
     if not paths:
         raise FileNotFoundError(f'{model_dir} has no .safetensors file; '
                                 'make it with: kofinetune merge')
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, 'pt')) for path in paths]
+        try: files = [stack.enter_context(safe_open(path, 'pt')) for path in paths]
+        except SafetensorError as e:
+            raise ValueError(f'{model_dir}: a .safetensors file is cut short or damaged ({e}); '
+                             'make it again with: kofinetune merge --force') from None
         yield {name: f for f in files for name in f.keys()}
 
 def plan_file(
@@ -246,13 +255,18 @@ def _encoded(tensor, rows=8192):
         values = part[start:start + rows].float().numpy()
         yield gguf.quants.quantize(values + 1 if tensor['norm'] else values, tensor['kind'])
 
-# %% ../nbs/03_ollama_export.ipynb #0f169aa6
+# %% ../nbs/03_ollama_export.ipynb #b2f8296e
 def read_gguf(
     path: Path,          # a GGUF file
 ) -> tuple[dict, list]:  # key -> value; name, shape, type and data of each tensor
     "Read the keys and the tensors of a GGUF file."
     from gguf import GGUFReader
-    reader = GGUFReader(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} is missing; make it with: kofinetune export')
+    try: reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as e:
+        raise ValueError(f'{path} is no GGUF file, or is cut short or damaged ({e}); '
+                         'make it again with: kofinetune export --force') from None
     keys = {name: field.contents() for name, field in reader.fields.items()}
     tensors = [dict(name=t.name, shape=[int(n) for n in reversed(t.shape)], type=t.tensor_type.name,
                     data=t.data) for t in reader.tensors]
@@ -611,13 +625,29 @@ def proof_failures(
         found.append(f"only {greedy['equal']} of {greedy['checked']} greedy answers are equal")
     return found
 
-# %% ../nbs/03_ollama_export.ipynb #4d0901c6
+# %% ../nbs/03_ollama_export.ipynb #5dedec23
 def server_url(
     host: str | None = None,  # None: what OLLAMA_HOST says, or 127.0.0.1:11434
 ) -> str:
     "Say where the Ollama client looks for its server."
-    import ollama
-    return str(ollama.Client(host=host)._client.base_url).rstrip('/')
+    import httpx, ollama
+    said = host or os.environ.get('OLLAMA_HOST', '')
+    try: url = ollama.Client(host=host)._client.base_url
+    except (ValueError, httpx.InvalidURL) as e:
+        raise ValueError(f'OLLAMA_HOST is {said!r} ({e}); write host:port, such as 127.0.0.1:11434') from None
+    if not (is_loopback(url.host) or os.environ.get('KOFINETUNE_REMOTE_OLLAMA') == '1'):
+        raise ValueError(f'OLLAMA_HOST names {url.host}, another machine: rows and model would leave this one. '
+                         'Allow it with KOFINETUNE_REMOTE_OLLAMA=1, or unset OLLAMA_HOST')
+    return str(url).rstrip('/')
+
+def is_loopback(
+    host: str,  # a name or an address
+) -> bool:      # 0.0.0.0 and ::, which a server listens on, are this machine too
+    "Say whether `host` is this machine."
+    if host == 'localhost': return True
+    try: address = ipaddress.ip_address(host)
+    except ValueError: return False
+    return address.is_loopback or address.is_unspecified
 
 def server_version(
     host: str | None = None,
@@ -625,7 +655,8 @@ def server_version(
 ) -> str | None:              # the server's version, None where nothing answers in time
     "Ask whether an Ollama server is there."
     import httpx
-    try: return httpx.get(server_url(host) + '/api/version', timeout=timeout).json()['version']
+    url = server_url(host)
+    try: return httpx.get(url + '/api/version', timeout=timeout).json()['version']
     except (httpx.HTTPError, ValueError, KeyError): return None
 
 def list_models(
@@ -636,6 +667,17 @@ def list_models(
     models = ollama.Client(host=host).list().models
     when = lambda m: m.modified_at.isoformat(timespec='seconds')
     return [dict(name=m.model, size=int(m.size), modified=when(m)) for m in models]
+
+def named_file(
+    folder: Path,  # with a Modelfile
+    name: str,     # what its FROM says
+) -> Path:         # the file
+    "Find the file that a Modelfile names, which stands beside it and nowhere else."
+    path = Path(folder)/name
+    if path.parent.resolve() != Path(folder).resolve() or path.suffix != '.gguf':
+        raise ValueError(f'{folder}/Modelfile: FROM {name!r}; it must name a .gguf file beside it')
+    if not path.is_file(): raise FileNotFoundError(f'{path} is missing; make it with: kofinetune export')
+    return path
 
 def create_model(
     name: str,                # the model's name, with or without a tag
@@ -652,12 +694,12 @@ def create_model(
     if server_version(host) is None:
         raise RuntimeError(f'no Ollama server answers at {url}; start one with: ollama serve')
     said = read_modelfile((folder/'Modelfile').read_text(encoding='utf-8'))
-    path = folder/said.pop('from')
+    path = named_file(folder, said.pop('from'))
     digest, size = 'sha256:' + file_hashes(path.parent)[path.name], path.stat().st_size
     about = dict(unit='B', unit_scale=True, desc=f'{path.name} to Ollama', leave=False)
     with tqdm(total=size, **about) as bar:
         if httpx.head(f'{url}/api/blobs/{digest}').status_code != 200:
-            sent = httpx.post(f'{url}/api/blobs/{digest}', content=_chunks(path, bar), timeout=None)
+            sent = httpx.post(f'{url}/api/blobs/{digest}', content=_chunks(path, bar), timeout=600)
             sent.raise_for_status()
         said |= dict(files={path.name: digest}, quantize=quantize or None)
         for step in ollama.Client(host=host).create(name, stream=True, **said):
@@ -757,6 +799,17 @@ def _pieces(tok):
     byte = re.compile('<0x[0-9A-F]{2}>')
     made = {bytes([int(text[3:5], 16)]): i for i, text in texts if byte.fullmatch(text)}
     return made | {text.replace('▁', ' ').encode(): i for i, text in texts}
+
+# %% ../nbs/03_ollama_export.ipynb #f1edf3bb
+def escape_text(
+    text: str,  # a user's question, or the input that goes with it
+    tok,        # the model's tokenizer
+) -> str:       # reads the same, and is only text
+    "Write special tokens, the prompt's headings and Ollama's mark of an image with full-width signs."
+    special = [t.content for t in tok.added_tokens_decoder.values() if t.special]
+    for token in special: text = text.replace(token, '＜' + token[1:])
+    for head in STOPS: text = text.replace(head, '＃＃＃' + head[3:])
+    return text.replace('[img-', '［img-')
 
 # %% ../nbs/03_ollama_export.ipynb #aac1ae64
 MEANT = dict(bf16=('BF16',), f16=('F16',), q8_0=('Q8_0',), q4_K_M=('Q4_K', 'Q6_K'))  # for matrices

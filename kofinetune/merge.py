@@ -7,32 +7,38 @@ __all__ = ['TOKENIZER_FILES', 'MEASURED', 'merge_into', 'through_nf4', 'answer_s
            'compare_models', 'choose_way', 'older_rope_keys', 'copy_tokenizer', 'check_saved', 'check_adapter',
            'merge_adapter', 'merge_ways']
 
-# %% ../nbs/02_merge.ipynb #1f55f0e4
+# %% ../nbs/02_merge.ipynb #4a213d84
 import ctypes, gc, json, platform, shutil
 from pathlib import Path
 
-from .data import Recipe, file_hashes, need, read_jsonl, read_manifest, stage, stage_fields, write_json
+from .data import (Recipe, file_hashes, need, read_jsonl, read_manifest, stage,
+                             stage_fields, write_json)
 from .rehearsal import base_path
-from .train import encode, load_base, load_tuned
+from .train import encode, load_base, load_tuned, refuse_pickles
 
-# %% ../nbs/02_merge.ipynb #73eba9a1
+# %% ../nbs/02_merge.ipynb #17f7aa66
 def merge_into(
     base,           # a model with ordinary weights (not 4-bit), in float32; it is changed
     adapter: Path,  # a folder that `finetune` wrote
 ):                  # the same model with the adapter added to its weights
-    "Add the adapter's product to the weights of `base`. Raises ValueError for the adapter of another base."
+    "Add the adapter's product to the weights of `base`. Raises ValueError where it does not fit."
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
+    refuse_pickles(Path(adapter), f'{adapter}')
     for file in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (Path(adapter)/file).is_file():
-            raise FileNotFoundError(f'{Path(adapter)/file} is missing; train again with: kofinetune train --force')
+            raise FileNotFoundError(f'{Path(adapter)/file} is missing; '
+                                    'train again with: kofinetune train --force')
     try: model = PeftModel.from_pretrained(base, adapter)
-    except (RuntimeError, ValueError) as e: raise ValueError(_misfit(adapter, str(e))) from None
+    except SafetensorError as e: raise ValueError(f'{adapter}/adapter_model.safetensors is cut short or damaged ({e}); '
+                                                  'train again with: kofinetune train --force') from None
+    except (RuntimeError, ValueError, KeyError) as e: raise ValueError(_misfit(adapter, str(e))) from None
     with safe_open(Path(adapter)/'adapter_model.safetensors', 'pt') as f: held = set(f.keys())
     taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for key in sorted(held ^ taken):
-        raise ValueError(_misfit(adapter, f'it holds {len(held)} matrices and the base takes {len(taken)}; {key} is '
-                                          f'{"nowhere in the base" if key in held else "not in the adapter"}'))
+        where = 'nowhere in the base' if key in held else 'not in the adapter'
+        raise ValueError(_misfit(adapter, f'it holds {len(held)} matrices and the base takes '
+                                          f'{len(taken)}; {key} is {where}'))
     return model.merge_and_unload()
 
 def _misfit(adapter, why):
@@ -53,14 +59,14 @@ def through_nf4(
             module.weight.data = bnb.dequantize_4bit(packed, state).to(module.weight.dtype)
     return base
 
-# %% ../nbs/02_merge.ipynb #e67482f5
+# %% ../nbs/02_merge.ipynb #e50ee1c6
 def answer_states(
     model, tok,              # a causal model of transformers, and its tokenizer
     rows: list[dict],        # instruction, input, output
     style: str = 'alpaca',   # as trained
     max_length: int = 512,   # a row that does not fit is left out
-) -> dict:                   # states (tokens, hidden), labels and rows (tokens), and head: states to logits
-    "Keep what `model` makes of every answer token of `rows`, in small. Raises ValueError where no row fits."
+) -> dict:                   # states (tokens, hidden), labels, rows, and head: states to logits
+    "Keep what `model` makes of every answer token of `rows`. Raises ValueError where no row fits."
     import torch
     kept = dict(states=[], labels=[], rows=[])
     for number, row in enumerate(rows):
@@ -69,12 +75,15 @@ def answer_states(
         labels = torch.tensor(example['labels'], device=model.device)[1:]
         graded = labels != -100
         ids = torch.tensor([example['input_ids']], device=model.device)
-        with torch.inference_mode(): hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        kept['states'].append(hidden[0, :-1][graded])
+        with torch.inference_mode(): made = model.get_decoder()(input_ids=ids, use_cache=False)
+        kept['states'].append(made.last_hidden_state[0, :-1][graded])
         kept['labels'].append(labels[graded])
         kept['rows'].append(torch.full_like(labels[graded], number))
-    if not kept['rows']: raise ValueError(f'max_length is {max_length}, and none of the {len(rows)} rows fits; raise max_length')
-    return {name: torch.cat(parts) for name, parts in kept.items()} | dict(head=model.get_output_embeddings())
+    if not kept['rows']:
+        raise ValueError(f'max_length is {max_length}, and none of the {len(rows)} rows fits; '
+                         'raise max_length')
+    return {name: torch.cat(parts)
+            for name, parts in kept.items()} | dict(head=model.get_output_embeddings())
 
 def log_probs(
     answers: dict,  # what `answer_states` returns
@@ -82,13 +91,14 @@ def log_probs(
 ):                  # (tokens, vocabulary), nats
     "Turn some of the kept states into log-probabilities of every word."
     import torch
-    with torch.inference_mode(): return answers['head'](answers['states'][part]).float().log_softmax(-1)
+    with torch.inference_mode():
+        return answers['head'](answers['states'][part]).float().log_softmax(-1)
 
-# %% ../nbs/02_merge.ipynb #34d54222
+# %% ../nbs/02_merge.ipynb #18c7c7cb
 def compare_answers(
     one: dict, two: dict,   # what `answer_states` returns of two models, for the same rows
     words: int = 1 << 22,   # log-probabilities in memory at once, of each
-) -> dict:                  # max_difference, mean_difference (nats), kl (nats a token), nll of each, tokens, row_nll of two
+) -> dict:                  # max_difference, mean_difference, kl (nats a token), nll of each, ...
     "Compare two models, some tokens at a time."
     import torch
     tokens, vocabulary = len(one['labels']), one['head'].weight.shape[0]
@@ -102,7 +112,8 @@ def compare_answers(
         kl += (a.exp() * gap).sum().item()
         top, mean = max(top, gap.abs().max().item()), mean + gap.abs().mean(1).sum().item()
     losses = torch.cat(losses, 1).double().cpu()
-    by_row = torch.zeros(int(one['rows'].max()) + 1, dtype=torch.float64).index_add(0, one['rows'].cpu(), losses[1])
+    by_row = torch.zeros(int(one['rows'].max()) + 1, dtype=torch.float64)
+    by_row.index_add_(0, one['rows'].cpu(), losses[1])
     return dict(max_difference=top, mean_difference=mean / tokens, kl=kl / tokens,
                 nll=(losses.sum(1) / tokens).tolist(), tokens=tokens, row_nll=by_row.tolist())
 
@@ -114,15 +125,16 @@ def compare_models(
     max_length: int = 512,
 ) -> dict:                  # what `compare_answers` says
     "Compare two models on the answer tokens of `rows`."
-    return compare_answers(*(answer_states(model, tok, rows, style, max_length) for model in (one, two)))
+    return compare_answers(*(answer_states(model, tok, rows, style, max_length)
+                             for model in (one, two)))
 
-# %% ../nbs/02_merge.ipynb #24b2dcb2
+# %% ../nbs/02_merge.ipynb #df4f2104
 def choose_way(
     ways: dict[str, dict],  # way -> what `compare_answers` says of live and merged
     wanted: str = 'auto',   # the recipe's merge
     held_out: bool = True,  # whether the rows were held out of training
 ) -> tuple[str, str]:       # the way to keep, and why
-    "Keep what is asked for, or the lower held-out loss where the gap is no luck, or else the lower KL."
+    "Keep what is asked for, or the lower held-out loss if that is no luck, or else the lower KL."
     import numpy as np
     if len(ways) == 1: return *ways, 'there is no other way'
     if wanted in ways: return wanted, f'the recipe says merge={wanted}'
@@ -130,13 +142,15 @@ def choose_way(
     gaps = np.array(a['row_nll']) - np.array(b['row_nll'])
     gap, noise = abs(gaps.sum()) / a['tokens'], 2 * gaps.std() * len(gaps) ** .5 / a['tokens']
     if held_out and gap > noise:
-        return (one if gaps.sum() < 0 else two), (f'lower held-out loss, by {gap:.4f} nats a token; '
-                                                  f'{noise:.4f} could be luck')
+        reason = f'lower held-out loss, by {gap:.4f} nats a token; {noise:.4f} could be luck'
+        return (one if gaps.sum() < 0 else two), reason
     near, far = sorted(ways, key=lambda way: ways[way]['kl'])
-    reason = f'the losses differ by {gap:.4f}, and {noise:.4f} could be luck' if held_out else 'no rows are held out'
-    return near, f'nearer to the live adapter, KL {ways[near]["kl"]:.5f} against {ways[far]["kl"]:.5f} nats a token; {reason}'
+    reason = 'no rows are held out'
+    if held_out: reason = f'the losses differ by {gap:.4f}, and {noise:.4f} could be luck'
+    return near, (f'nearer to the live adapter, KL {ways[near]["kl"]:.5f} against '
+                  f'{ways[far]["kl"]:.5f} nats a token; {reason}')
 
-# %% ../nbs/02_merge.ipynb #b551cef8
+# %% ../nbs/02_merge.ipynb #43ffeaf1
 def older_rope_keys(
     config: dict,  # config.json as transformers 5 writes it
 ) -> dict:         # rope_theta, rope_scaling and, for sliding layers, rope_local_base_freq
@@ -144,11 +158,13 @@ def older_rope_keys(
     rope = config['rope_parameters']
     full = rope.get('full_attention', rope)
     scaled = {k: v for k, v in full.items() if k != 'rope_theta'}
-    old = dict(rope_theta=full['rope_theta'], rope_scaling=None if full['rope_type'] == 'default' else scaled)
-    if 'sliding_attention' in rope: old['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
+    old = dict(rope_theta=full['rope_theta'],
+               rope_scaling=None if full['rope_type'] == 'default' else scaled)
+    if 'sliding_attention' in rope:
+        old['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
     return old
 
-# %% ../nbs/02_merge.ipynb #02e53d65
+# %% ../nbs/02_merge.ipynb #4f9652a7
 TOKENIZER_FILES = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'chat_template*')
 
 def copy_tokenizer(
@@ -159,12 +175,13 @@ def copy_tokenizer(
     source = Path(base_path(recipe.base))
     if not source.is_dir():
         from huggingface_hub import snapshot_download
-        source = Path(snapshot_download(recipe.base, revision=recipe.revision or None, allow_patterns=list(TOKENIZER_FILES)))
+        source = Path(snapshot_download(recipe.base, revision=recipe.revision or None,
+                                        allow_patterns=list(TOKENIZER_FILES)))
     found = sorted({p for pattern in TOKENIZER_FILES for p in source.glob(pattern) if p.is_file()})
     for path in found: shutil.copyfile(path, Path(folder)/path.name)
     return [p.name for p in found]
 
-# %% ../nbs/02_merge.ipynb #b529a6c8
+# %% ../nbs/02_merge.ipynb #80ccf03f
 def check_saved(
     folder: Path,  # holds one or several .safetensors files
     model,         # the model that was saved there
@@ -178,11 +195,14 @@ def check_saved(
         with safe_open(path, 'pt') as f:
             for name in f.keys():
                 if not torch.equal(f.get_tensor(name), weights[name].cpu()):
-                    raise RuntimeError(f'{path}: {name} changed on the way to disk; is the disk full or failing?')
+                    raise RuntimeError(f'{path}: {name} changed on the way to disk; '
+                                       'is the disk full or failing?')
                 missing.discard(name)
-    if missing: raise RuntimeError(f'{folder} lacks {sorted(missing)[0]} and {len(missing) - 1} other weights')
+    if missing:
+        raise RuntimeError(f'{folder} lacks {sorted(missing)[0]} '
+                           f'and {len(missing) - 1} other weights')
 
-# %% ../nbs/02_merge.ipynb #a2d5f1bd
+# %% ../nbs/02_merge.ipynb #ff07d077
 def check_adapter(
     recipe: Recipe,  # what is asked for now
     run: Path,       # a run whose adapter is there
@@ -192,38 +212,43 @@ def check_adapter(
     again = f'train again with: kofinetune train --run {run} --force'
     for field in stage_fields('adapter'):
         was, now = record['inputs']['recipe'][field], json.loads(json.dumps(getattr(recipe, field)))
-        if was != now: raise ValueError(f'{folder} was trained with {field} = {was!r}, and now it is {now!r}; '
-                                        f'leave {field} as it was, or {again}')
+        if was != now:
+            raise ValueError(f'{folder} was trained with {field} = {was!r}, and now it is {now!r}; '
+                             f'leave {field} as it was, or {again}')
     found = file_hashes(folder)
     for file, was in record['files'].items():
         if not file.endswith(('.safetensors', 'config.json')): continue
         if file not in found: raise FileNotFoundError(f'{folder/file} is missing; {again}')
         if found[file] != was:
-            raise ValueError(f'{folder/file} is not the file that training wrote (SHA-256 {found[file][:8]}…, '
-                             f'recorded {was[:8]}…); put that back, or {again}')
+            raise ValueError(f'{folder/file} is not the file that training wrote '
+                             f'(SHA-256 {found[file][:8]}…, recorded {was[:8]}…); '
+                             f'put that back, or {again}')
 
-# %% ../nbs/02_merge.ipynb #2d46ff00
+# %% ../nbs/02_merge.ipynb #c8a9a21d
 def merge_adapter(
     recipe: Recipe,       # merge: 'auto', '16-bit' or 'nf4'
     run: Path,            # a run whose adapter is there
     force: bool = False,  # merge again
-) -> dict:                # what `compare_answers` says of the kept way; merge, why, ways, held_out, tokenizer_files, bytes
-    "Write `run/merged`: one safetensors model, the better way by number, with every tokenizer file."
+) -> dict:                # what `compare_answers` says of the kept way; merge, why, ways, ...
+    "Write `run/merged`: one model, the better way by number, with every tokenizer file."
     def make(folder):
         check_adapter(recipe, run)
         rows, held_out = _measured_rows(run)
         live, tok = load_tuned(recipe, run)
         kept = answer_states(live, tok, rows, recipe.style, recipe.max_length)
-        if recipe.adapter == 'lora' and 'lm_head' not in recipe.target_modules: kept['head'] = None   # as in the base
+        if recipe.adapter == 'lora' and 'lm_head' not in recipe.target_modules:
+            kept['head'] = None   # as in the base
         del live
         _let_go()
-        ways = {way: _write_way(way, recipe, run, folder/way, rows, kept) for way in merge_ways(recipe)}
+        ways = {way: _write_way(way, recipe, run, folder/way, rows, kept)
+                for way in merge_ways(recipe)}
         chosen, why = choose_way(ways, recipe.merge, held_out)
         for path in (folder/chosen).iterdir(): path.rename(folder/path.name)
         for way, report in ways.items():
             shutil.rmtree(folder/way)
             del report['row_nll']
-        return ways[chosen] | dict(merge=chosen, why=why, ways=ways, rows=len(rows), held_out=held_out,
+        return ways[chosen] | dict(merge=chosen, why=why, ways=ways, rows=len(rows),
+                                   held_out=held_out,
                                    tokenizer_files=copy_tokenizer(recipe, folder),
                                    bytes=sum(p.stat().st_size for p in folder.iterdir()))
     return stage(recipe, run, 'merged', make, force)
@@ -231,11 +256,11 @@ def merge_adapter(
 def merge_ways(
     recipe: Recipe,     # adapter, quant, merge
 ) -> tuple[str, ...]:   # the ways to try
-    "List the ways to make one model: both where the base was NF4, a mere copy where there is no adapter."
+    "List the ways to make one model: two where the base was NF4, a copy where there is no adapter."
     if recipe.adapter == 'none': return ('copy',)
     return ('16-bit', 'nf4') if 'nf4' in (recipe.quant, recipe.merge) else ('16-bit',)
 
-# %% ../nbs/02_merge.ipynb #0b8c2db8
+# %% ../nbs/02_merge.ipynb #f862a218
 MEASURED = 250   # rows that the ways are compared on, at most
 
 def _measured_rows(run):
@@ -255,7 +280,8 @@ def _write_way(way, recipe, run, folder, rows, kept):
     _let_go()
     again, tok = load_base(recipe.replace(base=str(folder), revision=''), quant='none')
     tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    if tied != config['tie_word_embeddings']: raise RuntimeError('the merged head is no longer tied to the embeddings')
+    if tied != config['tie_word_embeddings']:
+        raise RuntimeError('the merged head is no longer tied to the embeddings')
     mine = answer_states(again, tok, rows, recipe.style, recipe.max_length)
     return compare_answers(kept | dict(head=kept['head'] or mine['head']), mine)
 
@@ -267,11 +293,12 @@ def _merged(way, recipe, run):
     return merge_into(through_nf4(base) if way == 'nf4' else base, Path(run)/'adapter')
 
 def _let_go():
-    "Return what was freed to the system: peft's models refer to themselves, and glibc keeps freed memory for later."
+    "Return freed memory to the system: peft's models refer to themselves, and glibc keeps memory."
     gc.collect()
     if platform.libc_ver()[0] == 'glibc': ctypes.CDLL(None).malloc_trim(0)
 
 def _saved_dtype(recipe):
     "The type in which the base's own weights are stored."
     from transformers import AutoConfig
-    return AutoConfig.from_pretrained(base_path(recipe.base), revision=recipe.revision or 'main').dtype
+    return AutoConfig.from_pretrained(base_path(recipe.base), revision=recipe.revision or 'main',
+                                      trust_remote_code=False).dtype

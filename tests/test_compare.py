@@ -20,8 +20,8 @@ def ablation():
     "The two small runs of notebook 04: the answer graded, and everything graded."
     runs = {loss: ROOT/'runs'/f'ablation-{loss}' for loss in ('answer', 'whole')}
     for loss, run in runs.items():
-        recipe = Recipe.named('rehearsal').replace(name=f'ablation-{loss}', loss=loss, rows=1000, valid_rows=200, epochs=1.0,
-                                                      gguf=('bf16',))
+        recipe = Recipe.named('rehearsal').replace(name=f'ablation-{loss}', loss=loss, rows=800, valid_rows=200, epochs=1.0,
+                                                   quant='none', gguf=('bf16',))
         for make in (prepare, finetune, merge_adapter, export_ollama, evaluate): make(recipe, run)
     return runs
 

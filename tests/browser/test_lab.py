@@ -24,6 +24,14 @@ STATE = PANEL + ''' && (panel => ({
     cells: [...(panel.content?.model?.cells ?? [])].filter(c => c.type === 'code').map(c => ({
         source: c.sharedModel.getSource(), count: c.executionCount, outputs: c.outputs.toJSON()}))}))(''' + PANEL + ')'
 
+# All cells have run, or one has failed, which ends Run All, and the kernel has nothing to do (or is gone).
+FINISHED = '''() => {
+    const panel = window.jupyterapp.shell.currentWidget, kernel = panel.sessionContext.session?.kernel?.status;
+    const cells = [...panel.content.model.cells].filter(c => c.type === 'code' && c.sharedModel.getSource().trim());
+    const failed = c => { for (let i = 0; i < c.outputs.length; i++) if (c.outputs.get(i).type === 'error') return true; };
+    return kernel === 'dead' || kernel === 'idle' && (cells.every(c => c.executionCount) || cells.some(failed));
+}'''
+
 
 class Lab:
     "A JupyterLab that `make lab` started in `folder`, and a browser to look at it."
@@ -69,7 +77,7 @@ class Lab:
         page.wait_for_function('window.jupyterapp?.restored')
         return page
 
-    def run_all(self, name, limit=900):
+    def run_all(self, name, limit=900, suffix=''):
         "Run All of one notebook in a fresh kernel. Returns what the run left: model, file, seconds, picture, page's complaints."
         strip(ROOT/'nbs'/f'{name}.ipynb', self.folder/'nbs'/f'{name}.ipynb')
         page = self.open(f'/lab/tree/{name}.ipynb')
@@ -78,15 +86,15 @@ class Lab:
             start = time.monotonic()
             page.get_by_role('menuitem', name='Run', exact=True).click()
             page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
-            wait_for(lambda: finished(page.evaluate(STATE)), limit, .5)
+            page.wait_for_function(FINISHED, timeout=limit * 1000, polling=500)
             seconds = time.monotonic() - start
             model = page.evaluate(STATE)['cells']
-            picture = SHOTS/f'lab-{name}.png'
+            picture = SHOTS/f'lab-{name}{suffix}.png'
             look_at(page, model)
             page.screenshot(path=picture)
             page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
             disk = wait_for(lambda: saved(self.folder/'nbs'/f'{name}.ipynb', model))
-            return dict(name=name, seconds=round(seconds, 1), model=model, disk=disk, picture=picture, outside=page.outside,
+            return dict(name=name, suffix=suffix, seconds=round(seconds, 1), model=model, disk=disk, picture=picture, outside=page.outside,
                         complaints=page.complaints, times=times(disk))
         finally:
             page.close()
@@ -107,11 +115,6 @@ def code(nb): return [cell for cell in nb.cells if cell.cell_type == 'code']
 def ready(state, name): return state and state.get('path') == f'{name}.ipynb' and state['kernel'] == 'idle' and state['cells']
 def errors(cells): return [o for c in cells for o in c['outputs'] if o['output_type'] == 'error']
 def pictures(cell): return sum('image/png' in o.get('data', {}) for o in cell['outputs'])
-
-def finished(state):
-    "All cells have run, or one failed (which ends Run All) and the kernel has nothing to do."
-    ran = all(c['count'] for c in state['cells'] if c['source'].strip())
-    return state['kernel'] in ('idle', 'dead') and (ran or errors(state['cells']) or state['kernel'] == 'dead')
 
 def saved(path, model):
     "The file, once it holds every cell's count."
@@ -150,7 +153,7 @@ def lab(chromium, tmp_path_factory):
 
 def check(result):
     "What a reader sees after Run All: no error, in the page or in the file, and every picture that the stored notebook has."
-    name, here = result['name'], SHOTS/f'lab-{result["name"]}.json'
+    name, here = result['name'], SHOTS/f'lab-{result["name"]}{result["suffix"]}.json'
     here.write_text(json.dumps({k: result[k] for k in ('name', 'seconds', 'times')} | dict(
         stderr=[o['text'] for c in result['model'] for o in c['outputs'] if o.get('name') == 'stderr']), indent=1, ensure_ascii=False))
     failed = errors(result['model']) + errors(code(result['disk']))
@@ -176,3 +179,17 @@ def test_the_news_is_off_and_the_map_is_open(lab):
 @pytest.mark.parametrize('name', ORDER)
 def test_run_all_in_order(lab, name):
     check(lab.run_all(name))
+
+
+@pytest.mark.parametrize('name', ['00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval'])
+def test_a_second_run_all_reuses_what_is_done_and_says_so(lab, name):
+    "In a fresh kernel again. No stage of the shared run is made a second time, and each says so."
+    before = {path: path.stat().st_mtime_ns for path in (lab.folder/'runs'/'rehearsal').rglob('*') if path.is_file()}
+    result = lab.run_all(name, suffix='-again')
+    check(result)
+    said = ''.join(o.get('text', '') for c in result['model'] for o in c['outputs'])
+    for stage in dict(zip(ORDER[1:], ('data', 'adapter', 'merged', 'ollama', 'eval')))[name],:
+        assert f'{stage}: already done' in said
+    after = {path: path.stat().st_mtime_ns for path in before if path.is_file()}
+    changed = {path.relative_to(lab.folder).as_posix() for path in before if before[path] != after.get(path)}
+    assert changed <= {'runs/rehearsal/.lock', 'runs/rehearsal/manifest.json', 'runs/rehearsal/ollama/verify.json'}

@@ -1,0 +1,276 @@
+"The built site as a reader meets it: served under a sub-path, in both languages and themes, on a desk and on a phone."
+import http.server
+import importlib.util
+import json
+import os
+import posixpath
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import pytest
+
+from conftest import SHOTS, absent
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = ROOT/'_site'
+UNDER = '/kofinetune/'
+LANGUAGES = {'en': '', 'ko': 'ko/'}
+NOTEBOOKS = sorted(path.stem for path in (ROOT/'nbs').glob('*.ipynb') if path.stem != 'index')
+HOST = 'kofinetune.github.io'           # where sitemap, hreflang and social cards point
+
+
+@pytest.fixture(scope='module')
+def built():
+    "`make docs`, which does only what has changed."
+    if not importlib.util.find_spec('sphinx'): absent("no sphinx here; install it with: pip install -e '.[docs]'")
+    ready = [f'-o{sys.prefix}/{name}' for name in ('.ready', '.docs-ready')]
+    made = subprocess.run(['make', 'docs', f'VENV={sys.prefix}', *ready], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, (made.stdout + made.stderr)[-3000:]
+    return {path.relative_to(SITE).as_posix(): Parsed(path) for path in sorted(SITE.rglob('*.html')) if '_static' not in path.parts}
+
+
+class Parsed(HTMLParser):
+    "The language, the ids and the references of a page."
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.parts, self.twins, self.lang = {''}, [], [], {}, None
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids |= {attrs[name] for name in ('id', 'name') if attrs.get(name)}
+        if tag == 'html': self.lang = attrs.get('lang')
+        if tag == 'a' and attrs.get('href'): self.links.append(attrs['href'])
+        if tag == 'link' and attrs.get('rel') == 'alternate' and 'hreflang' in attrs: self.twins[attrs['hreflang']] = attrs['href']
+        elif tag == 'link' and attrs.get('rel') not in ('canonical', 'index', 'search', 'next', 'prev') and attrs.get('href'):
+            self.parts.append(attrs['href'])
+        if tag in ('img', 'script', 'source', 'iframe', 'video') and attrs.get('src'): self.parts.append(attrs['src'])
+
+
+def local(page, address):
+    "The file under _site, and the anchor, that an address on a page names; None for another site's."
+    full, anchor = urldefrag(urljoin(f'https://{HOST}{UNDER}{page}', address))
+    parts = urlsplit(full)
+    if parts.scheme not in ('http', 'https') or parts.netloc != HOST: return None
+    assert parts.path.startswith(UNDER), f'{page}: {address} leads out of {UNDER}'
+    path = unquote(parts.path[len(UNDER):])
+    return (posixpath.join(path, 'index.html') if path == '' or path.endswith('/') else path), unquote(anchor)
+
+
+def address(page):
+    "What a browser asks for."
+    return UNDER + page
+
+
+def is_korean(page): return page.startswith('ko/')
+def of(language, pages): return [p for p in pages if is_korean(p) == (language == 'ko')]
+
+
+def test_every_link_and_anchor_leads_somewhere(built):
+    wrong = []
+    for page, parsed in built.items():
+        for link in parsed.links + parsed.parts + list(parsed.twins.values()):
+            if (target := local(page, link)) is None: continue
+            path, anchor = target
+            if not (SITE/path).is_file(): wrong.append(f'{page}: {link} leads nowhere')
+            elif anchor and path.endswith('.html') and anchor not in built[path].ids: wrong.append(f'{page}: {link} has no such anchor')
+    assert wrong == [], f'{len(wrong)} links, such as {wrong[:10]}'
+
+
+def test_no_page_loads_anything_from_elsewhere(built):
+    "What the HTML says; test_no_request_leaves_the_site sees what a browser does."
+    assert [(page, part) for page, parsed in built.items() for part in parsed.parts
+            if not part.startswith('data:') and local(page, part) is None] == []
+
+
+def test_each_page_has_a_twin_in_the_other_language(built):
+    plain = [p for p in built if not p.startswith(('404', 'ko/404'))]
+    assert {p.removeprefix('ko/') for p in of('ko', plain)} == set(of('en', plain))
+    for page in plain:
+        other = page.removeprefix('ko/') if is_korean(page) else 'ko/' + page
+        mine, theirs = ('ko', 'en') if is_korean(page) else ('en', 'ko')
+        assert built[page].lang == mine
+        assert {lang: local(page, to)[0] for lang, to in built[page].twins.items() if lang in LANGUAGES} == {mine: page, theirs: other}
+
+
+def test_the_lists_for_machines_name_every_page_and_no_other(built):
+    told = (SITE/'sitemap.xml').read_text(encoding='utf-8')
+    for page in built:
+        if page.removeprefix('ko/') in ('search.html', '404.html'): continue
+        assert f'<loc>https://{HOST}{address(page)}</loc>' in told, f'{page} is not in sitemap.xml'
+    for lead in LANGUAGES.values(): assert (SITE/lead/'llms.txt').is_file()
+    for notebook in NOTEBOOKS: assert f'{notebook}' in (SITE/'llms.txt').read_text(encoding='utf-8')
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    "Serve _site under the sub-path, and its 404 page for what is not there, as GitHub Pages does."
+    protocol_version = 'HTTP/1.1'
+    def translate_path(self, path):
+        path = unquote(urlsplit(path).path)
+        return str(SITE/path[len(UNDER):]) + ('/' if path.endswith('/') else '') if path.startswith(UNDER) else str(SITE/'outside')
+
+    def send_error(self, code, *args, **kwargs):
+        if code != 404 or not (SITE/'404.html').is_file(): return super().send_error(code, *args, **kwargs)
+        text = (SITE/'404.html').read_bytes()
+        self.send_response(404)
+        self.send_header('Content-Type', 'text/html; charset=utf-8')
+        self.send_header('Content-Length', str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope='module')
+def url(built):
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture
+def page(chromium):
+    page = chromium.new_page(viewport=dict(width=1280, height=900))
+    yield page
+    page.close()
+
+
+def theme(page, name): page.evaluate('name => { document.documentElement.dataset.theme = name; document.documentElement.dataset.mode = name }', name)
+
+
+AXE = '''async rules => (await axe.run(document, {resultTypes: ['violations'], ...rules})).violations
+    .filter(v => ['serious', 'critical'].includes(v.impact))
+    .map(v => `${v.id}: ${v.nodes.length} times, first ${v.nodes[0].target} ${v.nodes[0].failureSummary.split('\\n')[1]}`)'''
+# What is wider than the window: the page itself scrolls sideways, or would if it did not cut the rest off.
+WIDE = '''() => document.documentElement.scrollWidth <= innerWidth ? null : [document.documentElement.scrollWidth,
+    ...[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.sidebar-primary-item, dialog'))
+        .slice(0, 3).map(e => e.tagName + '.' + e.className)].join(' ')'''
+
+
+@pytest.fixture(scope='module')
+def walk(built, url, chromium):
+    "Every page once, on a desk in both themes and on a phone: what it asked for, complained of, and how it measures."
+    import axe_playwright_python
+    axe = (Path(axe_playwright_python.__file__).parent/'axe.min.js').read_text(encoding='utf-8')
+    seen, page = {}, chromium.new_page()
+    for name in built:
+        here = seen[name] = dict(outside=[], complaints=[], axe=[], wide=None)
+        handlers = dict(
+            request=lambda r: r.url.startswith((url, 'data:', 'blob:')) or here['outside'].append(r.url),
+            console=lambda m: m.type == 'error' and here['complaints'].append(m.text),
+            pageerror=lambda e: here['complaints'].append(str(e)))
+        for event, handler in handlers.items(): page.on(event, handler)
+        page.set_viewport_size(dict(width=1280, height=900))
+        page.goto(url + address(name), wait_until='load')
+        page.evaluate(axe)
+        for look, rules in (('light', {}), ('dark', dict(runOnly=['color-contrast']))):
+            theme(page, look)
+            here['axe'] += [f'{look}: {what}' for what in page.evaluate(AXE, rules)]
+            if os.environ.get('KOFINETUNE_SHOTS'): shoot(page, f'{name}-{look}')
+        theme(page, 'light')
+        page.set_viewport_size(dict(width=390, height=844))
+        here['wide'] = page.evaluate(WIDE)
+        if os.environ.get('KOFINETUNE_SHOTS'): shoot(page, f'{name}-phone')
+        for event, handler in handlers.items(): page.remove_listener(event, handler)
+    page.close()
+    (SHOTS/'site.json').write_text(json.dumps(seen, ensure_ascii=False, indent=1), encoding='utf-8')
+    return seen
+
+
+def shoot(page, name): page.screenshot(path=SHOTS/f'site-{name.replace("/", "-").removesuffix("index.html")}.png', full_page=True)
+
+
+@pytest.mark.parametrize('language', LANGUAGES)
+@pytest.mark.parametrize('what', ['outside', 'complaints', 'axe', 'wide'], ids=[
+    'no_request_leaves_the_site', 'no_error_in_the_console', 'no_barrier_that_axe_calls_serious', 'nothing_sideways_on_a_phone'])
+def test_on_every_page(walk, what, language):
+    pages = of(language, walk)
+    assert len(pages) > len(NOTEBOOKS)
+    wrong = {page: walk[page][what] for page in pages if walk[page][what]}
+    assert wrong == {}, f'{len(wrong)} of {len(pages)} pages: {json.dumps(wrong, ensure_ascii=False, indent=1)[:3000]}'
+
+
+def search(page, url, language, words):
+    "Type into the page's own search field; the titles and the excerpts found."
+    page.goto(url + UNDER + LANGUAGES[language])
+    page.locator('.search-button, .search-button__button, .search-button-field').locator('visible=true').first.click()
+    page.locator('input[type=search]').locator('visible=true').first.fill(words)
+    page.keyboard.press('Enter')
+    page.wait_for_url('**/search.html?**')
+    page.wait_for_function("document.querySelector('#search-results .search-summary')?.textContent.match(/[0-9]/)")
+    page.wait_for_timeout(500)      # the excerpts are fetched one by one
+    return page.locator('#search-results li').all_inner_texts()
+
+
+@pytest.mark.parametrize('language,words,in_it', [
+    ('en', 'format_prompt', 'format_prompt'), ('ko', 'format_prompt', 'format_prompt'), ('ko', '조정', '미세조정'), ('ko', '어댑터', '어댑터')])
+def test_search_finds(url, page, language, words, in_it):
+    found = search(page, url, language, words)
+    page.screenshot(path=SHOTS/f'site-search-{language}-{in_it}.png')
+    assert found and any(in_it in text.replace(' ', '') for text in found), found[:5]
+    page.locator('#search-results li a').first.click()
+    page.wait_for_load_state()
+    assert words in page.locator('main').inner_text()
+
+
+def test_the_language_switch_keeps_the_page(url, page):
+    page.goto(url + UNDER + '01_qlora_train.html')
+    for language, other in (('ko', 'en'), ('en', 'ko')):
+        page.locator(f'a[hreflang={language}]').locator('visible=true').first.click()
+        page.wait_for_load_state()
+        assert page.url.split('#')[0] == f'{url}{UNDER}{LANGUAGES[language]}01_qlora_train.html'
+        assert page.locator('html').get_attribute('lang') == language
+
+
+def luminance(page):
+    "How bright the page's ground is, from 0 to 255."
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(float, colour[colour.index('(') + 1:-1].split(',')[:3])) / 3
+
+
+def test_the_dark_mode_stays_dark_on_the_next_page(url, page):
+    page.goto(url + UNDER)
+    assert luminance(page) > 200
+    page.locator('.theme-switch-button').locator('visible=true').first.click()
+    page.locator('.theme-change-button[data-mode=dark]').locator('visible=true').first.click()
+    assert luminance(page) < 60
+    page.goto(url + UNDER + 'ko/00_data.html')
+    page.wait_for_timeout(200)
+    page.screenshot(path=SHOTS/'site-dark.png')
+    assert luminance(page) < 60
+
+
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_the_downloaded_notebook_is_the_source(url, page, name):
+    "In English byte by byte; in Korean the same code in the same order, under Korean words."
+    page.goto(f'{url}{UNDER}{name}.html')
+    assert download(page) == (ROOT/'nbs'/f'{name}.ipynb').read_bytes()
+    page.goto(f'{url}{UNDER}ko/{name}.html')
+    korean, source = json.loads(download(page)), json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))
+    code = lambda nb: [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
+    words = lambda nb: ''.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
+    assert code(korean) == code(source) and len(korean['cells']) == len(source['cells'])
+    assert sum('가' <= c <= '힣' for c in words(korean)) > 5 * sum('가' <= c <= '힣' for c in words(source))
+
+
+def download(page):
+    "What a click on the download button gives."
+    with page.expect_download() as wait: page.locator('a[download][href$=".ipynb"]').first.click()
+    return Path(wait.value.path()).read_bytes()
+
+
+def test_an_address_that_is_not_there_gets_a_page_that_works(url, page):
+    lost = []
+    page.on('requestfailed', lambda r: lost.append(r.url))
+    page.on('response', lambda r: r.status >= 400 and lost.append(r.url))
+    assert page.goto(url + UNDER + 'nowhere/deep/').status == 404
+    assert lost == [url + UNDER + 'nowhere/deep/']      # its style sheets are found from any depth
+    page.locator('main a').first.click()
+    page.wait_for_load_state()
+    assert page.url.startswith(url + UNDER) and page.locator('h1').count() == 1
