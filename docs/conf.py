@@ -18,8 +18,8 @@ from extensions.reference import linkcode_resolve   # noqa: E402, F401  sphinx.e
 project, author, release = settings['lib_name'], settings['author'], settings['version']
 copyright = settings['copyright']
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages',
-              'sphinxext.opengraph', 'notfound.extension', 'extensions.notebooks', 'extensions.reference',
-              'extensions.messages', 'extensions.search', 'extensions.pages']
+              'sphinxext.opengraph', 'extensions.notebooks', 'extensions.reference', 'extensions.messages',
+              'extensions.search', 'extensions.pages']
 exclude_patterns = ['.ipynb_checkpoints', '_*']
 source_suffix = {'.ipynb': 'myst-nb', '.md': 'myst-nb'}
 nb_execution_mode = 'off'                # the outputs are stored in the notebooks
@@ -27,7 +27,6 @@ nb_render_markdown_format = 'gfm'        # tables in outputs too
 myst_enable_extensions = ['colon_fence', 'attrs_block']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
-python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 add_module_names = False
 
@@ -42,13 +41,15 @@ html_theme = 'sphinx_book_theme'
 html_title = project
 html_static_path = [str(docs/'static')]
 html_css_files = ['site.css']
+html_favicon = str(docs/'static'/'favicon.svg')
 html_copy_source = False                 # each page's notebook and Markdown copy are written by extensions/pages.py
 html_theme_options = {
     'repository_url': settings['git_url'], 'use_repository_button': True, 'use_download_button': False,
     'use_fullscreen_button': False, 'show_toc_level': 2, 'home_page_in_toc': True,
-    'article_header_end': ['language.html', 'article-header-buttons.html'],
+    'navbar_persistent': [], 'article_header_end': ['language.html', 'article-header-buttons.html'],
     'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark'}
 ogp_site_url, ogp_site_name, ogp_image = html_baseurl, project, f'{site}_static/card.png'
 ogp_social_cards, ogp_enable_meta_description = {'enable': False}, True
+if language == 'en': extensions += ['notfound.extension']   # one page for lost readers of both languages
 notfound_urls_prefix = settings['doc_baseurl'] + '/'
 notfound_template = '404.html'

@@ -9,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
-from xml.etree import ElementTree
 
 import nbformat
 import pytest
-from lxml import html
+from lxml import etree, html
 
 from conftest import ROOT
 
@@ -117,7 +116,7 @@ def test_markdown_copies_and_llms_txt(site):
 
 
 def test_sitemap_names_pages_that_exist(site, pages):
-    root = ElementTree.parse(site/'sitemap.xml').getroot()
+    root = etree.parse(str(site/'sitemap.xml')).getroot()
     listed = {e.text.split('/kofinetune/')[1] for e in root.iterfind('.//{*}loc')}
     assert {'index.html', 'ko/index.html', '00_data.html', 'ko/api/data.html'} <= listed <= set(pages)
 

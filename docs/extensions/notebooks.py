@@ -9,6 +9,7 @@ from nbdev import processors
 from nbdev.process import NBProcessor
 
 from .messages import catalogue
+from .reference import modules, symbols
 
 # What nbdev does for its own site, less what belongs to Quarto alone; show_doc is answered by reference.py.
 PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processors.add_show_docs, processors.strip_ansi,
@@ -68,7 +69,7 @@ def callout(found):
     return f':::{{admonition}} {title[1] if title else kind.title()}\n:class: {kind}{fold}\n'
 
 
-def options(cell): return {name: ' '.join(values).strip('"\'') for name, values in cell.get('directives_', {}).items()}
+def options(cell): return {name: ' '.join(values).strip('"\'') for name, values in getattr(cell, 'directives_', {}).items()}
 def described(cell): return options(cell).get('fig-alt:') or options(cell).get('fig-cap:')
 
 
@@ -88,7 +89,7 @@ def contents(folder):
     "Every page in its order, in groups with a caption each."
     names = sorted(path.stem for path in folder.glob('*_*.ipynb'))
     groups = {'Lessons': [n for n in names if n[0].isdigit()], 'More': [n for n in names if n[0].isalpha()] + ['troubleshooting'],
-              'Reference': ['api/index']}
+              'Reference': ['api/index', *(f'api/{name}' for name in modules() if symbols(name))]}
     return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + caption + '\n\n' + '\n'.join(pages) + '\n```'
                        for caption, pages in groups.items())
 

@@ -25,7 +25,9 @@ def add_context(app, pagename, templatename, context, doctree):
     page = f'{pagename}.html'
     context['twin'] = f'{to_root}ko/{page}' if language == 'en' else f'{to_root}../{page}'
     site = app.config.site
-    context['alternates'] = {'en': site + page, 'ko': f'{site}ko/{page}', 'x-default': site + page}
+    lost = pagename == '404'   # shown at any address, so that nothing on it is relative
+    if lost: context['twin'] = f'{settings["doc_baseurl"]}/ko/index.html'
+    context['alternates'] = {} if lost else {'en': site + page, 'ko': f'{site}ko/{page}', 'x-default': site + page}
     context['lessons'] = sorted(name for name in app.env.found_docs if re.match(r'\d\d_', name))
     context['markdown_copy'] = pagename in app.env.found_docs
     notebook = Path(app.srcdir)/f'{pagename}.ipynb'

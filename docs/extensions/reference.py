@@ -11,12 +11,14 @@ from pathlib import Path
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from fastcore.docments import docments
-from nbdev.doclinks import NbdevLookup
 from sphinx.addnodes import pending_xref
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
+from settings import settings
+
 from .messages import catalogue, translate
 
+BLOB = f'{settings["git_url"]}/blob/{settings["branch"]}'
 EMPTY = inspect.Parameter.empty
 PACKAGE = 'kofinetune'
 SYMPTOMS = re.compile(r'^## What could go wrong\n(.*?)(?=^## |\Z)', re.M | re.S)
@@ -108,9 +110,8 @@ def write_pages(app):
     "Write the generated pages beside Sphinx's own cache, so that nbs/ holds notebooks and nothing else."
     language = None if app.builder.name == 'gettext' else app.config.language
     pages = {f'api/{name}': api_page(name, notebook) for name, notebook in modules().items() if symbols(name)}
-    contents = '\n'.join(name.removeprefix('api/') for name in pages)
     pages['api/index'] = ('# API reference\n\n{.lead}\nEvery function and class that the notebooks export, by module.\n\n'
-                          f'```{{toctree}}\n{contents}\n```\n')
+                          + '\n'.join(f'- {{doc}}`/api/{name}`' for name in modules() if symbols(name)) + '\n')
     pages['troubleshooting'] = symptoms_page(Path(app.srcdir), language)
     app.generated_pages = {}
     for name, text in pages.items():
@@ -130,8 +131,8 @@ def add_pages(app, env, docnames):
 def plain_markdown(text, docname, messages):
     "A generated page as Markdown without directives, translated."
     text = re.sub(r'^:::+\{py:\w+\} (.+)\n:module: .+$', r'### `\1`', text, flags=re.M)
+    text = re.sub(r'\{doc\}`/api/(\w+)`', rf'[{PACKAGE}.\1](\1.md)', text)
     text = re.sub(r'^:::+\n|^\{\.lead\}\n', '', text, flags=re.M)
-    text = re.sub(r'^```\{toctree\}\n(.*?)\n```', lambda toc: re.sub(r'^(\w+)$', rf'- [{PACKAGE}.\1](\1.md)', toc[1], flags=re.M), text, flags=re.M | re.S)
     return re.sub(r'project:/(\w+)\.ipynb', '../' * docname.count('/') + r'\1.md', translate(text, messages))
 
 
@@ -162,8 +163,11 @@ class LinkSymbols(SphinxPostTransform):
 
 
 def linkcode_resolve(domain, info):
-    "The line on GitHub, as nbdev knows it."
-    return NbdevLookup().code(f'{info["module"]}.{info["fullname"]}') if info['module'] else None
+    "The line on GitHub where a symbol begins."
+    if not info['module']: return None
+    symbol = importlib.import_module(info['module'])
+    for name in info['fullname'].split('.'): symbol = getattr(symbol, name)
+    return f'{BLOB}/{info["module"].replace(".", "/")}.py#L{inspect.getsourcelines(symbol)[1]}'
 
 
 def setup(app):
