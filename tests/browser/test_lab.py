@@ -31,6 +31,7 @@ FINISHED = '''() => {
     const panel = window.jupyterapp.shell.currentWidget, kernel = panel.sessionContext.session?.kernel?.status;
     const cells = [...panel.content.model.cells].filter(c => c.type === 'code' && c.sharedModel.getSource().trim());
     const failed = c => { for (let i = 0; i < c.outputs.length; i++) if (c.outputs.get(i).type === 'error') return true; };
+    if (document.querySelector('.jp-Dialog')) return true;      // says that the kernel died
     return kernel === 'dead' || kernel === 'idle' && (cells.every(c => c.executionCount) || cells.some(failed));
 }'''
 
@@ -129,7 +130,7 @@ def times(nb):
     stamp = lambda cell, key: datetime.datetime.fromisoformat(cell.metadata.execution[key].replace('Z', '+00:00'))
     spans = []
     for cell in code(nb):
-        if 'shell.execute_reply' in cell.metadata.get('execution', {}):
+        if {'shell.execute_reply', 'iopub.execute_input'} <= set(cell.metadata.get('execution', {})):
             spans.append(((stamp(cell, 'shell.execute_reply') - stamp(cell, 'iopub.execute_input')).total_seconds(), cell.source))
     return [dict(seconds=round(s, 1), cell=text[-160:]) for s, text in sorted(spans, reverse=True)[:8]]
 
