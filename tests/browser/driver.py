@@ -1,4 +1,4 @@
-"A real browser: Debian's Chromium, driven by Playwright. Pictures are kept in tests/browser/shots, which git ignores."
+"What the browser tests share. A real browser: Debian's Chromium, driven by Playwright. Pictures are kept in tests/browser/shots, which git ignores."
 import os
 import shutil
 import signal
