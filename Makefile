@@ -1,17 +1,20 @@
-# make run | test | check | audit | docs | links | po | lab | lock: each makes .venv when absent.
+# make run | test | check | audit | faults | docs | links | po | lab | lock: each makes .venv when absent.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.export import server_version; sys.exit(not server_version())'
 
-.PHONY: run test check audit docs links po lab lock
+.PHONY: run test check audit faults docs links po lab lock
 run: $(READY)
 	$(BIN)/kofinetune run
 
 test: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
 	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile tests
+
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
 
 check: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check

@@ -6,23 +6,26 @@
 __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'STYLES', 'FIELDS', 'SURROGATE', 'ODD', 'STRANGE',
            'LONG', 'SOURCES', 'NO_INPUT', 'NO_TEXT', 'HEADINGS', 'NUMBERS', 'ASIDE', 'FICTION', 'POLITE', 'PLAIN',
            'FOREIGN', 'ASKS_FOREIGN', 'OPEN_END', 'DETECTORS', 'FILE_DETECTORS', 'PROJECTIONS', 'GEMMA', 'SURE_FLAGS',
-           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'LARGE', 'SCANNED', 'format_prompt', 'format_answer',
-           'text_fault', 'row_faults', 'check_row', 'row_notes', 'iter_rows', 'validate_rows', 'read_rows',
-           'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows', 'source_path', 'file_ids',
-           'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul', 'echoes_question', 'no_input_answer',
-           'placeholder_input', 'prompt_marker', 'odd_number', 'speech_levels', 'mixed_speech', 'foreign_share',
-           'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles', 'overlap', 'similar_pairs',
-           'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck', 'astray_batches',
-           'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row', 'row_text',
-           'contamination', 'split_rows', 'Recipe', 'nearest', 'stage_fields', 'read_manifest', 'check_inside',
-           'write_json', 'file_hashes', 'rank', 'world_size', 'run_lock', 'need', 'stage_inputs', 'stage', 'prepare',
-           'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
+           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'FULL', 'READ_ONLY', 'LARGE', 'SCANNED', 'format_prompt',
+           'format_answer', 'text_fault', 'row_faults', 'check_row', 'row_notes', 'iter_rows', 'validate_rows',
+           'read_rows', 'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows', 'source_path',
+           'file_ids', 'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul', 'echoes_question',
+           'no_input_answer', 'placeholder_input', 'prompt_marker', 'odd_number', 'speech_levels', 'mixed_speech',
+           'foreign_share', 'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles', 'overlap',
+           'similar_pairs', 'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck',
+           'astray_batches', 'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row',
+           'row_text', 'contamination', 'split_rows', 'Recipe', 'nearest', 'stage_fields', 'read_manifest',
+           'check_inside', 'write_json', 'file_hashes', 'rank', 'world_size', 'run_lock', 'working_on', 'file_faults',
+           'need', 'stage_inputs', 'stage', 'note', 'sweep', 'prepare', 'file_parts', 'hash60', 'scan_part',
+           'scan_large', 'hold_out', 'prepare_large', 'write_split']
 
-# %% ../nbs/00_data.ipynb #e54a1b4f
-import csv, difflib, hashlib, io, json, math, os, random, re, shutil, time, tomllib, unicodedata, zlib
+# %% ../nbs/00_data.ipynb #dac5a8f1
+import csv, difflib, errno, hashlib, io, json, math, os, random, re, shutil, signal, time, tomllib
+import unicodedata, zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -302,7 +305,7 @@ def git_blob_id(
     "Compute the id under which git stores `data`."
     return hashlib.sha1(f'blob {len(data)}\0'.encode() + data, usedforsecurity=False).hexdigest()
 
-# %% ../nbs/00_data.ipynb #1b208656
+# %% ../nbs/00_data.ipynb #361c4f5d
 _KOALPACA = ('https://raw.githubusercontent.com/Beomi/KoAlpaca/'
              'b7ee032fa9fad6f0fee32a16043024feb929b7cc/')
 SOURCES = {
@@ -323,26 +326,32 @@ def fetch(
     blob: str,  # git blob id that the bytes must have
 ) -> Path:      # the file in the cache
     "Download `url` once, with a progress bar, and keep it if it is the file that `blob` names."
-    import pooch, requests
-    pooch.get_logger().setLevel('WARNING')
+    from filelock import FileLock
     path = cache_dir()/'sources'/f'{blob[:12]}-{url.rsplit("/", 1)[-1]}'
     if not path.is_file():
-        part = path.name + '.download'
-        try: pooch.retrieve(url, known_hash=None, path=path.parent, fname=part, progressbar=True)
-        except requests.RequestException as e:
-            raise RuntimeError(
-                f'{url} could not be downloaded ({type(e).__name__}); try again with a network, '
-                f'or download it elsewhere and put it at {path}') from None
-        seen = git_blob_id((path.parent/part).read_bytes())
-        if seen != blob:
-            (path.parent/part).unlink()
-            raise ValueError(f'{url} has git blob id {seen}, not {blob}: '
-                             'the file was moved or altered')
-        os.replace(path.parent/part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent/'.lock'):     # another process waits, and finds the file
+            if not path.is_file(): _download(url, blob, path)
     seen = git_blob_id(path.read_bytes())
     if seen != blob:
         raise ValueError(f'{path} has git blob id {seen}, not {blob}; delete it and try again')
     return path
+
+def _download(url, blob, path):
+    "Download `url` beside `path`, in a folder that the next attempt empties, and put it there once it is right."
+    import pooch, requests
+    pooch.get_logger().setLevel('WARNING')
+    part = path.parent/'.partial'
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        pooch.retrieve(url, known_hash=None, path=part, fname=path.name, progressbar=True)
+        seen = git_blob_id((part/path.name).read_bytes())
+        if seen != blob: raise ValueError(f'{url} has git blob id {seen}, not {blob}: the file was moved or altered')
+        os.replace(part/path.name, path)
+    except requests.RequestException as e:
+        raise RuntimeError(f'{url} could not be downloaded ({type(e).__name__}); try again with a network, '
+                           f'or download it elsewhere and put it at {path}') from None
+    finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_data.ipynb #ef9770e1
 def load_rows(
@@ -975,7 +984,7 @@ def stage_fields(
     later = order[order.index(name) + 1:]
     return tuple(names[names.index('source'):names.index(STAGES[later[0]]) if later else None])
 
-# %% ../nbs/00_data.ipynb #1c6e8d2e
+# %% ../nbs/00_data.ipynb #001b1973
 def read_manifest(
     run: Path,  # a run folder
 ) -> dict:      # {'versions': ..., 'stages': {name: {'inputs', 'files', 'seconds', 'result'}}}
@@ -1020,9 +1029,16 @@ def file_hashes(
     folder: Path,    # a finished stage
 ) -> dict[str, str]:  # file name -> SHA-256
     "Hash every file in `folder`."
-    def sha256(path):
-        with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-    return {str(p.relative_to(folder)): sha256(p) for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+    return {str(p.relative_to(folder)): _sha256(p) for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+def _sha256(path):
+    "Hash a file; one that has the size and the time that it had before is not read again."
+    about = path.stat()
+    return _read_hash(path.resolve(), about.st_ino, about.st_size, about.st_mtime_ns)
+
+@lru_cache(maxsize=1000)
+def _read_hash(path, inode, size, time):
+    with path.open('rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 # %% ../nbs/00_data.ipynb #e4f912b4
 def rank() -> int:
@@ -1033,42 +1049,79 @@ def world_size() -> int:
     "Count the processes that torchrun or accelerate started together; 1 without a launcher."
     return int(os.environ.get('WORLD_SIZE', 1))
 
-# %% ../nbs/00_data.ipynb #35168881
+# %% ../nbs/00_data.ipynb #abe5bedf
 @contextmanager
 def run_lock(
     run: Path,  # a run folder, made if absent
 ):
-    "Hold `run` for this process; a second process is refused, and a dead one holds nothing."
+    "Hold `run` for this thread, which may ask again; another process is refused, and a dead one holds nothing."
     from filelock import FileLock, Timeout
-    try: Path(run).mkdir(parents=True, exist_ok=True)
+    run = Path(run)
+    try: run.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise RuntimeError(f'{run} cannot be made a folder: {e.strerror}; choose another --run') from None
-    lock = FileLock(Path(run)/'.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout: raise RuntimeError(f'{run} is in use by another process; wait for it, or choose another --run') from None
+    lock = FileLock(run/'.lock', is_singleton=True)
+    try:
+        lock.acquire(timeout=.2, poll_interval=.02)
+        (run/'.lock').write_text(str(os.getpid()), encoding='utf-8')
+    except Timeout:
+        raise RuntimeError(f'{run} is in use by another process, {working_on(run)}; wait for it, or choose another '
+                           '--run') from None
+    except OSError as e:
+        lock.release(force=True)
+        raise RuntimeError(f'{run} could not be written ({e.strerror}); mend that, or choose another --run') from None
     try: yield
     finally: lock.release()
 
+def working_on(
+    run: Path,     # a run folder
+) -> int | None:   # its number, as `ps` shows it
+    "Say which process holds `run_lock`; None where none does."
+    import fcntl
+    with suppress(FileNotFoundError), (Path(run)/'.lock').open(encoding='utf-8') as f:
+        try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError: return int(f.read() or 0)
+
+# %% ../nbs/00_data.ipynb #f9c105da
+def file_faults(
+    run: Path,         # a run folder
+    name: str,         # a stage that its manifest records
+) -> dict[str, str]:   # file -> what is wrong with it and which command mends it; empty where all is well
+    "Compare the files of a stage with what was written."
+    faults, folder, command = {}, Path(run)/name, f'kofinetune {COMMANDS[name]} --run {run} --force'
+    for file, was in read_manifest(run)['stages'][name]['files'].items():
+        again = f'prove it again with: kofinetune verify {run}' if file == 'verify.json' else f'make it again with: {command}'
+        if not (folder/file).is_file(): faults[file] = f'{folder/file} is missing; {again}'
+        elif (now := _sha256(folder/file)) != was:
+            faults[file] = (f'{folder/file} is not the file that was written (SHA-256 {now[:8]}…, recorded {was[:8]}…); '
+                            f'put that back, or {again}')
+    return faults
+
 def need(
-    run: Path,   # a run folder
-    name: str,   # a stage that must be there
-) -> Path:       # its folder
+    run: Path,            # a run folder
+    name: str,            # a stage that must be there
+    whole: bool = True,   # and whose files must be what was written
+) -> Path:                # its folder
     "Find the folder of a finished stage, or say which command makes it."
     check_inside(run)
-    if name not in read_manifest(run)['stages'] or not (Path(run)/name).is_dir():
-        raise FileNotFoundError(f'{Path(run)/name} is missing; make it with: kofinetune {COMMANDS[name]} --run {run}')
-    return Path(run)/name
+    folder = Path(run)/name
+    if name not in read_manifest(run)['stages'] or not folder.is_dir():
+        raise FileNotFoundError(f'{folder} is missing; make it with: kofinetune {COMMANDS[name]} --run {run}')
+    for file, fault in file_faults(run, name).items() if whole else ():
+        if file != 'verify.json': raise (ValueError if (folder/file).is_file() else FileNotFoundError)(fault)
+    return folder
 
-# %% ../nbs/00_data.ipynb #c750bae0
+# %% ../nbs/00_data.ipynb #7817f988
 def stage_inputs(
     recipe: Recipe,    # what was asked
     run: Path,         # the run folder
     name: str,         # a key of STAGES
     source: str = '',  # identity of what comes from outside the run
 ) -> dict:             # {'recipe': the fields that decide it, 'upstream': hashes of the stage before}
-    "Say what the stage `name` is made of. Raises FileNotFoundError where the stage before it is missing."
+    "Say what the stage `name` is made of. Raises where a stage that it reads is missing or not what was written."
     order = list(STAGES)
     before = ['merged', 'ollama'] if name == 'eval' else order[:order.index(name)][-1:]
-    for earlier in before: need(run, earlier)
+    others = [e for e in order[:order.index(name)] if e not in before and (name, e) != ('ollama', 'adapter')]   # read too
+    for earlier in before + others: need(run, earlier)
     manifest = read_manifest(run)
     return dict(recipe=json.loads(json.dumps({f: getattr(recipe, f) for f in stage_fields(name)})),
                 upstream={e: _made_files(manifest, e) for e in before} | {'source': source})
@@ -1093,28 +1146,42 @@ def stage(
     run = Path(run)
     with run_lock(run):
         check_inside(run)
+        sweep(run)
         manifest, inputs = read_manifest(run), stage_inputs(recipe, run, name, source)
         done = manifest['stages'].get(name)
         if done and (run/name).is_dir() and not force:
             if done['inputs'] != inputs: raise ValueError(_difference(run/name, done['inputs'], inputs))
+            need(run, name)
             if scaffold: shutil.rmtree(run/scaffold, ignore_errors=True)
             print(f'{name}: already done, {run/name}')
             return done['result']
-        temporary = run/f'.{name}.partial'
-        shutil.rmtree(temporary, ignore_errors=True)
+        return _make(recipe, run, name, make, manifest, inputs, scaffold)
+
+def _make(recipe, run, name, make, manifest, inputs, scaffold):
+    "Make a stage beside its place, put it there, and record it; what fails leaves nothing, and says why in the log."
+    temporary, start = run/f'.{name}.partial', time.monotonic()
+    note(run, f'{name}: begun, process {os.getpid()}')
+    try:
         temporary.mkdir()
-        start = time.monotonic()
-        try: result = make(temporary)
-        except BaseException: shutil.rmtree(temporary, ignore_errors=True); raise
-        shutil.rmtree(run/name, ignore_errors=True)
+        result = make(temporary)
+        if manifest['stages'].pop(name, None): write_json(manifest, run/'manifest.json')   # vouches for nothing half replaced
+        if (run/name).exists(): os.replace(run/name, run/f'.{name}.old')
         os.replace(temporary, run/name)
         write_json(json.loads(json.dumps(asdict(recipe))), run/'recipe.json')
         manifest['versions'] = {p: version(p) for p in VERSIONED}
-        manifest['stages'][name] = dict(inputs=inputs, files=file_hashes(run/name),
-                                        seconds=round(time.monotonic() - start, 1), result=result)
+        manifest['stages'][name] = dict(inputs=inputs, files=file_hashes(run/name), result=result, finished=_now(),
+                                        seconds=round(time.monotonic() - start, 1))
         write_json(manifest, run/'manifest.json')
-        if scaffold: shutil.rmtree(run/scaffold, ignore_errors=True)
-        return result
+    except BaseException as e:
+        trouble = _trouble(e, run, name, manifest, scaffold)
+        sweep(run)
+        note(run, f'{name}: stopped, {trouble or e}')
+        if trouble and isinstance(e, Exception): raise RuntimeError(trouble) from e
+        raise
+    sweep(run)
+    if scaffold: shutil.rmtree(run/scaffold, ignore_errors=True)
+    note(run, f'{name}: done in {manifest["stages"][name]["seconds"]} s')
+    return result
 
 VERSIONED = ('kofinetune', 'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes', 'accelerate', 'trl', 'gguf')
 
@@ -1125,6 +1192,61 @@ def _difference(folder, old, new):
             return (f'{folder} was made with {field} = {old["recipe"].get(field)!r}, and now it is '
                     f'{new["recipe"][field]!r}; choose another --run, or --force to make it again')
     return f'{folder} was made from files that have changed since; --force makes it again'
+
+#| exports
+def note(
+    run: Path,   # a run folder
+    text: str,
+):
+    "Add a line to `run/log.txt`, once a stage of the run is done; a log that cannot be written stops nothing."
+    with suppress(OSError):
+        if (Path(run)/'manifest.json').is_file():
+            with (Path(run)/'log.txt').open('a', encoding='utf-8', newline='\n') as f: f.write(f'{_now()} {" ".join(text.split())}\n')
+
+def _now(): return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+
+def sweep(
+    run: Path,   # a run folder, held by `run_lock`
+):
+    "Remove what a killed process left: folders and files that were being written, or were about to be replaced."
+    for place in (run, *(run/name for name in STAGES)):
+        for path in [*place.glob('.*.partial'), *place.glob('.*.old')]:
+            if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError): path.unlink()
+
+FULL, READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
+
+def _trouble(error, run, name, manifest, scaffold):
+    "Say in one line what the disk did, or what a signal left; empty where `error` says all."
+    if not isinstance(error, Exception):
+        saved = sorted((run/scaffold).glob('checkpoint-*/sealed.json'), key=lambda p: int(p.parent.name[11:])) if scaffold else []
+        kept = [n for n in STAGES if n in manifest['stages']] + [p.parent.name for p in saved[-1:]]
+        error.add_note(f'{name} was being made; kept in {run}: {", ".join(kept) or "nothing yet"}')
+        return error.__notes__[-1]
+    before = list(STAGES)[:list(STAGES).index(name)]
+    gone = [p for p in (run/f'.{name}.partial', *(run/n for n in before)) if not p.is_dir()]
+    if gone and not (run/name).is_dir(): return f'{gone[0]} vanished while {name} was made; go on with: kofinetune run --run {run}'
+    why, place = _os_error(error)
+    if why in FULL: return (f'{run/name} could not be written ({os.strerror(why)}); {shutil.disk_usage(run).free:,} bytes are '
+                            f'free there{_file_limit()}. Make room, then run the same command again')
+    if why in READ_ONLY and run.resolve() in Path(place or run/name).resolve().parents:
+        return f'{run/name} could not be written ({os.strerror(why)}); mend that, then run the same command again'
+
+def _file_limit():
+    "Say how large a file may be here, where there is such a limit."
+    import resource
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return '' if limit == resource.RLIM_INFINITY else f', and no file may have more than {limit:,} (ulimit -f)'
+
+def _os_error(error):
+    "Find the system's number and the path in what an error came from; Rust gives the number in a text, numpy none."
+    while error and 'could not be written' not in str(error):
+        if found := re.search(r'os error (\d+)', str(error)): return int(found[1]), None
+        if re.search(r'\d+ requested and \d+ written', str(error)): return errno.ENOSPC, None
+        if isinstance(error, OSError) and error.errno: return error.errno, error.filename
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None, None
 
 # %% ../nbs/00_data.ipynb #c07a2651
 def prepare(
@@ -1206,7 +1328,7 @@ def scan_part(
 SCANNED = dict(line='large_string', fault='string', changed='bool', flags='int64', copy='int64',
                question='int64')
 
-# %% ../nbs/00_data.ipynb #17e0467b
+# %% ../nbs/00_data.ipynb #3b525533
 def scan_large(
     source: Path,            # a .jsonl file
     cache: Path,             # a folder for Arrow files
@@ -1218,11 +1340,21 @@ def scan_large(
     from datasets import Dataset, Features, Value
     path, start, end = zip(*file_parts(source))
     parts = Dataset.from_dict(dict(path=path, start=start, end=end))
-    return parts.map(scan_part, batched=True, batch_size=1, remove_columns=parts.column_names,
-                     num_proc=processes if min(processes, len(parts)) > 1 else None,
-                     features=Features({name: Value(type) for name, type in SCANNED.items()}),
-                     fn_kwargs=dict(normalize=recipe.normalize, seed=recipe.seed, names=names),
-                     cache_file_name=str(Path(cache)/'rows.arrow'), new_fingerprint='rows')
+    with _workers_end_with_us():
+        return parts.map(scan_part, batched=True, batch_size=1, remove_columns=parts.column_names,
+                         num_proc=processes if min(processes, len(parts)) > 1 else None,
+                         features=Features({name: Value(type) for name, type in SCANNED.items()}),
+                         fn_kwargs=dict(normalize=recipe.normalize, seed=recipe.seed, names=names),
+                         cache_file_name=str(Path(cache)/'rows.arrow'), new_fingerprint='rows')
+
+@contextmanager
+def _workers_end_with_us():
+    "Let Linux end the processes that are forked in the block when this one is killed: they would wait for work for ever."
+    import ctypes
+    prctl, on = getattr(ctypes.CDLL(None), 'prctl', None), [True]
+    if prctl: os.register_at_fork(after_in_child=lambda: on and prctl(1, signal.SIGKILL))   # 1: PR_SET_PDEATHSIG
+    try: yield
+    finally: on.clear()
 
 def hold_out(
     questions,         # array of hashes, one a row

@@ -12,7 +12,7 @@ __all__ = ['NOUN', 'PARTICLE', 'NOT_NOUNS', 'REPORT_SCHEMA', 'JUDGE_PROMPT', 'VE
            'plant_pairs', 'weigh_judge', 'load_tasks', 'choice_task', 'run_tasks', 'benchmark', 'read_run',
            'shared_rows', 'compare_runs', 'comparison_table', 'plot_runs']
 
-# %% ../nbs/04_eval.ipynb #d978e6b5
+# %% ../nbs/04_eval.ipynb #7f2dc9eb
 import csv, hashlib, json, math, os, random, re
 from collections import Counter
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need,
-                             read_jsonl, speech_levels, stage, write_json, write_jsonl)
+                             note, read_jsonl, speech_levels, stage, write_json, write_jsonl)
 from .export import is_loopback, load_gguf
 from .rehearsal import PAIRS, Word
 from .train import encode, load_base, load_tokenizer, load_tuned, pick_device, plot_loss
@@ -359,13 +359,14 @@ def side_by_side(
                               base=both[i][0], tuned=both[i][1],
                               outcome=ends[i]) for i in chosen], index=chosen)
 
-# %% ../nbs/04_eval.ipynb #34c34ab5
+# %% ../nbs/04_eval.ipynb #32b469b9
 def evaluate(
     recipe: Recipe,       # eval_rows, max_new_tokens, style
     run: Path,            # a run whose exported files are there
     force: bool = False,  # evaluate again
 ) -> dict:                # report.json
     "Judge base, tuned, merged and every GGUF file on the held-out rows, and write the report."
+    run = Path(run)
     def make(folder):
         rows, held_out = _judged_rows(recipe, run)
         models, scored, answers = _judge_models(recipe, run, rows)
@@ -396,6 +397,7 @@ def _judge_models(recipe, run, rows):
         answers[name] = generate(model, tok, rows, recipe.style, recipe.max_new_tokens)
         described = describe_answers(rows, answers[name], nouns)
         models[name] = summarize(scored[name], recipe.seed) | described
+        note(run, f'eval: {name} judged, answer loss {models[name]["answer_nll"]:.3f}')
         del model
     return models, scored, answers
 

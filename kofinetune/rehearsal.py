@@ -8,8 +8,8 @@ __all__ = ['PAIRS', 'DIGIT_TAILS', 'TENS', 'ONES', 'KINDS', 'NOUNS', 'COUNTERS',
            'fact', 'of_words', 'particle_kind', 'word_lists', 'make_rows', 'plain_text', 'train_tokenizer',
            'save_for_transformers', 'batches', 'pretrain', 'make_base', 'fingerprint', 'stand_in_base', 'base_path']
 
-# %% ../nbs/a_rehearsal.ipynb #983892e4
-import hashlib, json, random
+# %% ../nbs/a_rehearsal.ipynb #280b7a2f
+import hashlib, json, random, shutil
 from itertools import permutations
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -424,7 +424,7 @@ def make_base(
     (folder/'pretraining.json').write_text(json.dumps(losses), encoding='utf-8', newline='\n')
     return folder
 
-# %% ../nbs/a_rehearsal.ipynb #6b376a8a
+# %% ../nbs/a_rehearsal.ipynb #d9c4e15f
 def fingerprint() -> str:
     "Name what the stand-in base is made from: its shape, its training, and its text."
     made_from = [SHAPE, PRETRAIN, VOCAB, plain_text(2000, 0, WEIGHTS), make_rows()]
@@ -441,8 +441,9 @@ def stand_in_base(
     if folder.exists(): return folder
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{folder}.lock'):
+        for left in cache.glob(f'.{folder.name}-*'): shutil.rmtree(left)    # by a killed process
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=cache, prefix='making-') as made:
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f'.{folder.name}-') as made:
                 make_base(Path(made)/'base').rename(folder)
     return folder
 

@@ -10,16 +10,16 @@ __all__ = ['PICKLES', 'SEAL', 'CALIBRATION', 'NEED_MORE', 'pick_device', 'is_sha
            'open_checkpoints', 'train_on', 'finetune', 'check_names', 'base_name', 'plot_loss', 'load_tuned',
            'answer_one']
 
-# %% ../nbs/01_qlora_train.ipynb #3ecec607
+# %% ../nbs/01_qlora_train.ipynb #a6a997e0
 import json, math, os, platform, re, resource, shutil, tempfile, time
 from pathlib import Path
 
 from .data import (GEMMA, Recipe, _difference, file_hashes, format_answer, format_prompt,
-                             need, rank, read_jsonl, stage, stage_inputs, world_size, write_json,
-                             write_jsonl)
+                             need, note, rank, read_jsonl, stage, stage_inputs, world_size,
+                             write_json, write_jsonl)
 from .rehearsal import base_path
 
-# %% ../nbs/01_qlora_train.ipynb #12aba4e6
+# %% ../nbs/01_qlora_train.ipynb #26a0aee2
 def pick_device(
     recipe: Recipe,  # its dtype may ask for bf16 or fp32
 ):                   # (torch.device, torch.dtype)
@@ -76,14 +76,19 @@ def _load_model(recipe, quant, dtype=None, path=None):
 
 def _from_hub(auto_class, recipe, path=None, **options):
     "Call `from_pretrained` on a pinned base of safetensors, running none of its code, and turn refusals into one line."
+    import httpx2
     from safetensors import SafetensorError
     path = path or base_path(check_base(recipe).base)
-    try: return auto_class.from_pretrained(path, revision=recipe.revision or 'main', trust_remote_code=False, **options)
-    except OSError as e:
+    try:
+        return auto_class.from_pretrained(path, revision=recipe.revision or 'main',
+                                          trust_remote_code=False, **options)
+    except (OSError, httpx2.HTTPError) as e:
         raise RuntimeError(f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); ' + (
-            'a folder holds config.json, *.safetensors and the files of the tokenizer' if Path(path).is_dir() else
-            f'if it is gated, accept its licence at https://huggingface.co/{recipe.base} and run: hf auth login. '
-            'Without an account: --set base=rehearsal')) from None
+            'a folder holds config.json, *.safetensors and the files of the tokenizer'
+            if Path(path).is_dir() else
+            'if the network failed, run the same command again: it goes on where it broke off. If '
+            f'the base is gated, accept its licence at https://huggingface.co/{recipe.base} and '
+            'run: hf auth login. Without an account: --set base=rehearsal')) from None
     except SafetensorError as e:
         raise RuntimeError(f'base {recipe.base!r} could not be loaded ({e}): a .safetensors file of it is cut short or damaged; '
                            'get it again') from None
@@ -283,7 +288,7 @@ def count_steps(
     steps = ceil(ceil(batches / recipe.grad_accum) * recipe.epochs)
     return dict(rows=rows, tokens=tokens, sequences=sequences, steps=steps)
 
-# %% ../nbs/01_qlora_train.ipynb #501fe9a9
+# %% ../nbs/01_qlora_train.ipynb #450f76f8
 SEAL = 'sealed.json'
 
 def make_callbacks(
@@ -324,6 +329,14 @@ def keeper():   # a transformers.TrainerCallback
                         f'{key} is {logs[key]} at step {state.global_step}; lower learning_rate '
                         f'(it is {args.learning_rate}) and begin again with --force; '
                         f'{args.output_dir} keeps the last good checkpoint')
+            losses = ''.join(f', {key} {logs[key]:.4g}' for key in ('loss', 'eval_loss')
+                             if key in logs)
+            left = ''
+            if self.predicted:
+                left = f', {max(0, self.predicted - time.monotonic() + self.start):,.0f} s left'
+            if losses and state.is_world_process_zero:
+                note(Path(args.output_dir).parent,
+                     f'adapter: step {state.global_step} of {state.max_steps}{losses}{left}')
         def on_save(self, args, state, control, **kwargs):
             if args.world_size > 1: torch.distributed.barrier()   # all have written their part
             seconds = time.monotonic() - self.start
@@ -611,7 +624,7 @@ def _mean_loss(log):
         last = entry['step']
     return total / last
 
-# %% ../nbs/01_qlora_train.ipynb #f0a7f891
+# %% ../nbs/01_qlora_train.ipynb #b7000767
 def finetune(
     recipe: Recipe,       # everything under data and train
     run: Path,            # a run whose data stage is done
@@ -627,7 +640,7 @@ def finetune(
         if world_size() > 1: checkpoint = _say(news=checkpoint)[1]
         model, tok = load_base(recipe)
         if recipe.adapter == 'lora': model = add_lora(model, recipe)
-        dataset, left_out = encode_rows(read_jsonl(Path(run)/'data'/'train.jsonl'), tok, recipe)
+        dataset, left_out = encode_rows(read_jsonl(need(run, 'data')/'train.jsonl'), tok, recipe)
         held_out, _ = encode_rows(read_jsonl(Path(run)/'data'/'valid.jsonl'), tok, recipe)
         trainer = make_trainer(model, tok, dataset, held_out, recipe, checkpoints)
         trainable = count_trainable(model)

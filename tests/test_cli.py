@@ -71,7 +71,7 @@ def test_without_network_the_download_fails_in_one_line(tmp_path):
     dead = {name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}
     seen = kofinetune('data', '--recipe', 'blog', cwd=tmp_path, KOFINETUNE_CACHE=str(tmp_path/'cache'), no_proxy='', NO_PROXY='', **dead)
     assert seen.returncode == 1 and 'could not be downloaded' in seen.stderr and 'Traceback' not in seen.stderr
-    assert [p for p in (tmp_path/'cache').rglob('*') if p.is_file()] == []
+    assert [p.name for p in (tmp_path/'cache').rglob('*') if p.is_file()] == ['.lock']
 
 
 def test_without_the_hubs_licence_training_says_what_to_do(tmp_path):
@@ -101,4 +101,4 @@ def test_help_takes_less_than_half_a_second(tmp_path):
 
 def test_help_documents_every_command(tmp_path):
     text = kofinetune('--help', cwd=tmp_path).stdout
-    for command in ('run', 'data', 'train', 'merge', 'export', 'eval', 'estimate', 'verify', 'ask', 'push'): assert command in text
+    for command in ('run', 'data', 'train', 'merge', 'export', 'eval', 'show', 'estimate', 'verify', 'ask', 'push'): assert command in text

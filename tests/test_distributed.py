@@ -65,7 +65,7 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_finishes_it(trained_a
     again = launch(*command)
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count('train: done') == 1
-    assert {p.name for p in run.iterdir()} == {'data', 'adapter', 'recipe.json', 'manifest.json', '.lock'}
+    assert {p.name for p in run.iterdir()} == {'data', 'adapter', 'recipe.json', 'manifest.json', '.lock', 'log.txt'}
     assert {p.name for p in (run/'adapter').iterdir()} == {p.name for p in (alone/'adapter').iterdir()}
     assert_same_losses(losses(alone), losses(run))
     metrics = json.loads((run/'adapter'/'metrics.json').read_text(encoding='utf-8'))

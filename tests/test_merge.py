@@ -133,7 +133,7 @@ def swap(adapter):
 
 REFUSED = {'another base': ([], ['--set', 'base=google/gemma-3-1b-pt'], "was trained with base = 'rehearsal', and now it is 'google/gemma-3-1b-pt'"),
            'another rank': ([], ['--set', 'lora_r=8'], 'was trained with lora_r = 16, and now it is 8'),
-           'other weights': ([swap], [], 'adapter_model.safetensors is not the file that training wrote'),
+           'other weights': ([swap], [], 'adapter_model.safetensors is not the file that was written'),
            'weights missing': ([lambda a: (a/'adapter_model.safetensors').unlink()], [], 'adapter_model.safetensors is missing'),
            'config missing': ([lambda a: (a/'adapter_config.json').unlink()], [], 'adapter_config.json is missing'),
            'no adapter': ([shutil.rmtree], [], 'adapter is missing')}
