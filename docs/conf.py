@@ -42,6 +42,7 @@ html_title = project
 html_static_path = [str(docs/'static')]
 html_css_files = ['site.css']
 html_favicon = str(docs/'static'/'favicon.svg')
+html_context = {'default_mode': 'auto'}   # light or dark, as the reader's system has it
 html_copy_source = False                 # each page's notebook and Markdown copy are written by extensions/pages.py
 html_theme_options = {
     'repository_url': settings['git_url'], 'use_repository_button': True, 'use_download_button': False,

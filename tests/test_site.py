@@ -127,6 +127,9 @@ def test_search_finds_korean_inside_words_and_symbols(site):
         index = json.loads(text[len('Search.setIndex('):-1])
         assert '조정' in index['terms'] or '학교' in index['terms']
         assert 'format_prompt' in json.dumps(index['objects']) and 'format_prompt' in index['terms']
+        code = (folder/'_static'/'language_data.js').read_text(encoding='utf-8')
+        stemmer = re.search(r'window\.Stemmer = (\w+);', code)[1]   # what the search page calls
+        assert f'var {stemmer}=' in code
 
 
 def test_card_and_lost_pages(site):

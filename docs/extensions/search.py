@@ -17,7 +17,7 @@ class SearchEnglishAndKorean(SearchEnglish):
         return words + [run[i:i + 2] for word in words for run in HANGUL.findall(word) for i in range(len(run) - 1)]
 
 
-class SearchKorean(SearchEnglishAndKorean): lang, language_name = 'ko', 'Korean'
+class SearchKorean(SearchEnglishAndKorean): lang = 'ko'   # the language's name stays: Sphinx picks the stemmer by it
 
 
 def setup(app):
