@@ -167,6 +167,12 @@ print(verdicts, measure_judge(verdicts))'''
     assert leaks(*said) == [] and [p for p in written if leaks(p.read_bytes())] == []
 
 
+def test_a_message_shows_the_name_of_a_secret_in_its_place(tmp_path):
+    (tmp_path/'tmp').mkdir()
+    seen = kofinetune('data', '--set', f'source={SECRETS["HF_TOKEN"]}.jsonl', cwd=tmp_path)
+    assert seen.returncode == 2 and '$HF_TOKEN.jsonl is not a file' in seen.stderr and leaks(seen.stdout, seen.stderr) == []
+
+
 def test_no_notebook_page_or_file_of_the_repository_holds_a_token():
     token = re.compile(rb'hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|Bearer [A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}')
     planted = {b'hf_PlantedTokenThatNobodyMayEverSee0'}
