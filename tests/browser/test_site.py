@@ -93,7 +93,7 @@ ALIKE = '''() => { const seen = new Set();
         seen.has(like) ? row.remove() : seen.add(like);
     }
     document.body.normalize(); }'''
-AXE = '''async rules => (await axe.run(document, {resultTypes: ['violations'], ...rules})).violations
+AXE = '''async rules => (await axe.run(document, {resultTypes: ['violations'], preload: false, ...rules})).violations
     .filter(v => ['serious', 'critical'].includes(v.impact))
     .map(v => `${v.id}: ${v.nodes.length} times, first ${v.nodes[0].target} ${v.nodes[0].failureSummary.split('\\n')[1]}`)'''
 # What is wider than the window: the page itself scrolls sideways, or would if it did not cut the rest off.
