@@ -81,12 +81,19 @@ def page(chromium):
 def theme(page, name): page.evaluate('name => { document.documentElement.dataset.theme = name; document.documentElement.dataset.mode = name }', name)
 
 
-# Of things built alike (a coloured word of code, a cell of a table) axe looks at the first on each page: a notebook has thousands.
+# A notebook has thousands of coloured words and of table cells. Of each kind axe looks at the first; other words become plain
+# text, and other rows go.
 ALIKE = '''() => { const seen = new Set();
-    for (const e of document.querySelectorAll('.highlight span, td, .sig span')) {
-        const like = [e, e.parentElement, ...e.querySelectorAll('*')].map(n => n.tagName + n.className).join();
-        seen.has(like) ? e.setAttribute('data-alike', '') : seen.add(like) } }'''
-AXE = '''async rules => (await axe.run({exclude: [['[data-alike]']]}, {resultTypes: ['violations'], ...rules})).violations
+    for (const word of document.querySelectorAll('.highlight span, .sig span')) {
+        if (word.children.length) continue;
+        seen.has(word.className) ? word.replaceWith(word.textContent) : seen.add(word.className);
+    }
+    for (const row of document.querySelectorAll('tbody tr')) {
+        const like = [row, ...row.querySelectorAll('*')].map(n => n.tagName + n.className).join();
+        seen.has(like) ? row.remove() : seen.add(like);
+    }
+    document.body.normalize(); }'''
+AXE = '''async rules => (await axe.run(document, {resultTypes: ['violations'], preload: false, ...rules})).violations
     .filter(v => ['serious', 'critical'].includes(v.impact))
     .map(v => `${v.id}: ${v.nodes.length} times, first ${v.nodes[0].target} ${v.nodes[0].failureSummary.split('\\n')[1]}`)'''
 # What is wider than the window: the page itself scrolls sideways, or would if it did not cut the rest off.
@@ -105,26 +112,27 @@ def walk(built, url, chromium):
         here = seen[name] = dict(outside=[], complaints=[], axe=[], wide=None)
         handlers = dict(
             request=lambda r: r.url.startswith((url, 'data:', 'blob:')) or here['outside'].append(r.url),
-            console=lambda m: m.type == 'error' and here['complaints'].append(m.text),
+            console=lambda m: m.type == 'error' and 'Failed to load resource' not in m.text and here['complaints'].append(m.text),
+            response=lambda r: r.status >= 400 and here['complaints'].append(f'{r.status} {r.url}'),
             pageerror=lambda e: here['complaints'].append(str(e)))
         for event, handler in handlers.items(): page.on(event, handler)
-        page.set_viewport_size(dict(width=1280, height=900))
+        page.set_viewport_size(dict(width=390, height=844))
         page.goto(url + address(name), wait_until='load')
         start = time.monotonic()
+        here['wide'] = page.evaluate(WIDE)
+        if os.environ.get('KOFINETUNE_SHOTS'): shoot(page, f'{name}-phone')
+        page.set_viewport_size(dict(width=1280, height=900))
+        if os.environ.get('KOFINETUNE_SHOTS'):
+            for look in ('dark', 'light'): theme(page, look); shoot(page, f'{name}-{look}')
         page.evaluate(axe)
         page.evaluate(ALIKE)
         for look, rules in (('light', {}), ('dark', dict(runOnly=['color-contrast']))):
             theme(page, look)
             here['axe'] += [f'{look}: {what}' for what in page.evaluate(AXE, rules)]
-            if os.environ.get('KOFINETUNE_SHOTS'): shoot(page, f'{name}-{look}')
         here['seconds'] = round(time.monotonic() - start, 1)
-        theme(page, 'light')
-        page.set_viewport_size(dict(width=390, height=844))
-        here['wide'] = page.evaluate(WIDE)
-        if os.environ.get('KOFINETUNE_SHOTS'): shoot(page, f'{name}-phone')
         for event, handler in handlers.items(): page.remove_listener(event, handler)
+        (SHOTS/'site.json').write_text(json.dumps(seen, ensure_ascii=False, indent=1), encoding='utf-8')
     page.close()
-    (SHOTS/'site.json').write_text(json.dumps(seen, ensure_ascii=False, indent=1), encoding='utf-8')
     return seen
 
 
