@@ -193,6 +193,17 @@ def test_without_nohup_a_closed_terminal_stops_it_and_its_line_says_what_is_kept
                         r'go on with: kofinetune train --run r .*', said[0])
 
 
+def test_a_signal_that_comes_in_a_destructor_is_not_lost():
+    "Python drops exceptions of destructors, this one too; so it is raised once more."
+    code = ('import os, signal, sys, time\nfrom kofinetune import cli\n'
+            'class Dying:\n    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0)\n'
+            'def app(prog_name): Dying(); time.sleep(20); print("went on")\n'
+            'cli.app = app; cli.main()\n')
+    done = subprocess.run([sys.executable, '-c', code, 'train', '--run', 'my run'], capture_output=True, text=True, env=ENV)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr == "kofinetune: asked to stop (SIGTERM); go on with: kofinetune train --run 'my run'\n"
+
+
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
     prepare(SMALL, tmp_path)
     (tmp_path/'log.txt').unlink()
