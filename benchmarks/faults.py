@@ -51,7 +51,7 @@ class Job:
         code = 70
         try:
             os.setsid()
-            for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)     # nohup and & ignore them
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)     # nohup and & ignore some
             out = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1); os.dup2(out, 2)
             os.chdir(bench.work)
@@ -658,6 +658,7 @@ def main():
     parser.add_argument('--ollama', default='', help='the ollama program; empty: look for it; none: leave it out')
     args = parser.parse_args()
     began, wanted, not_tried = time.monotonic(), args.stages.split(','), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that servers and mounts go too
     warm_up()
     program = args.ollama or shutil.which('ollama') or next((str(p) for p in [Path.home()/'go'/'bin'/'ollama'] if p.is_file()), 'none')
     with tempfile.TemporaryDirectory(prefix='faults-') as scratch:
