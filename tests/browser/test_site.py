@@ -1,6 +1,6 @@
 """The built site as a reader meets it: served under a sub-path, in both languages and themes, on a desk and on a phone.
 
-What can be read from the files alone (links, twins, catalogues) is tested in tests/test_site.py.
+What can be read from the files alone (links, twins, catalogues) is tested in tests/test_docs.py.
 """
 import http.server
 import importlib.util
