@@ -317,10 +317,14 @@ def read_only(bench, command):
 
 def vanishing(bench, command, chance, times):
     for _ in range(times):
+        gone = []
         def act(pid, run):
-            while not (run/f'.{FOLDERS[command]}.partial').is_dir() and Path(f'/proc/{pid}/fd').exists(): time.sleep(.001)
-            shutil.rmtree(run/f'.{FOLDERS[command]}.partial', ignore_errors=True)
-        run, earlier, job, moment = disturbed(bench, command, chance, act)
+            partial = run/f'.{FOLDERS[command]}.partial'
+            while not partial.is_dir() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None: time.sleep(.001)
+            if partial.is_dir(): gone.append(shutil.rmtree(partial, ignore_errors=True))
+        while not gone:                                        # none: the stage was in its place already
+            run, earlier, job, moment = disturbed(bench, command, chance, act)
+            job.wait()
         job.wait()
         wrong = one_line(job, 'vanished', 'kofinetune run') if job.code else bench.judge(command, run, earlier)
         bench.again(command, VANISHING[0], command, run, earlier, job, wrong, moment)
