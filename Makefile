@@ -36,7 +36,7 @@ lab: $(READY)
 	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
 
 $(READY): settings.ini setup.py .ci/requirements.lock
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 5) and "Python 3.11.5 or newer is needed; name one with: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 2) and "Python 3.11.2 or newer is needed; name one with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	sed -n '/^\(packaging\|pip\|setuptools\|wheel\)==/,/[^\]$$/p' .ci/requirements.lock >$(VENV)/first.lock
 	$(BIN)/python -m pip install -q --require-hashes -r $(VENV)/first.lock
