@@ -46,12 +46,15 @@ class Job:
     def __init__(self, bench, args, before=()):
         self.out = Path(tempfile.mkstemp(dir=bench.scratch, suffix='.out')[1])
         sys.stdout.flush()
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)      # until the child is ready for them
         self.start, self.pid = time.monotonic(), os.fork()
-        if self.pid: return
+        if self.pid: signal.pthread_sigmask(signal.SIG_UNBLOCK, signals); return
         code = 70
         try:
             os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)     # nohup and & ignore some
+            for number in signals: signal.signal(number, signal.SIG_DFL)     # nohup and & ignore some
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
             out = os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1); os.dup2(out, 2)
             os.chdir(bench.work)
@@ -647,7 +650,7 @@ def table(report):
              'the seconds that training took), earlier stages were untouched, and nothing else was left. What a row means stands in `benchmarks/faults.py`.', '',
              '| stage | fault | tried | survived | lost | the line that the first one ended with |', '|---|---|--:|--:|--:|---|']
     lines += ['| ' + ' | '.join(cell(row[k]) for k in ('stage', 'fault', 'tried', 'survived', 'lost', 'said')) + ' |' for row in report['rows']]
-    return '\n'.join([*lines, '', *(f'Not tried: {text}.' for text in report['not_tried'])]).rstrip() + '\n'
+    return '\n'.join([*lines, '', *(f'Not tried: {text}.' for text in report['not_tried']), *report.get('notes', ())]).rstrip() + '\n'
 
 
 def main():
