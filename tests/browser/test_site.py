@@ -124,6 +124,7 @@ def walk(built, url, chromium):
         page.set_viewport_size(dict(width=1280, height=900))
         if os.environ.get('KOFINETUNE_SHOTS'):
             for look in ('dark', 'light'): theme(page, look); shoot(page, f'{name}-{look}')
+        page.add_style_tag(content='* { transition: none !important }')     # a colour on its way to another is not judged
         page.evaluate(axe)
         page.evaluate(ALIKE)
         for look, rules in (('light', {}), ('dark', dict(runOnly=['color-contrast']))):
