@@ -137,7 +137,7 @@ def test_a_changed_gguf_is_noticed_and_a_later_proof_is_not(rehearsal_run, tmp_p
     assert 'already done' in capsys.readouterr().out
     manifest['stages']['ollama']['files']['model-q8_0.gguf'] = 'another file'
     write_json(manifest, run/'manifest.json')
-    with pytest.raises(ValueError, match='files that have changed'): evaluate(recipe, run)
+    with pytest.raises(ValueError, match='model-q8_0.gguf is not the file that was written'): evaluate(recipe, run)
     del manifest['stages']['ollama']
     write_json(manifest, run/'manifest.json')
     with pytest.raises(FileNotFoundError, match='kofinetune export'): evaluate(recipe, run)
