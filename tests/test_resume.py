@@ -176,7 +176,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(train, wh
 
 @pytest.mark.parametrize('valid_rows', [8, 0])
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(train, tmp_path, valid_rows):
-    recipe = SMALL.replace(valid_rows=valid_rows, learning_rate=9999., lora_alpha=10**17, warmup=.5, save_steps=1, lora_dropout=0.)
+    recipe = SMALL.replace(valid_rows=valid_rows, learning_rate=9999., lora_alpha=2**32 - 1, warmup=.5, save_steps=1, lora_dropout=0.)
     prepare(recipe, tmp_path)
     code, lines = train(recipe, tmp_path)
     assert code == 1 and re.match(r'ERROR RuntimeError: (eval_loss|loss|grad_norm) is (nan|inf) at step \d+; lower learning_rate', lines[-1])

@@ -227,4 +227,4 @@ def test_an_address_that_is_not_there_gets_a_page_that_works(url, page):
     assert lost == [url + UNDER + 'nowhere/deep/']      # its style sheets are found from any depth
     page.locator('main a').first.click()
     page.wait_for_load_state()
-    assert page.url.startswith(url + UNDER) and page.locator('h1').count() == 1
+    assert page.url.startswith(url + UNDER) and page.locator('article h1').count() == 1
