@@ -21,7 +21,7 @@ os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
 from kofinetune import cli, data
-from kofinetune.data import COMMANDS, STAGES, Recipe, file_hashes, load_rows, working_on, write_json, write_jsonl
+from kofinetune.data import COMMANDS, file_hashes, load_rows, working_on, write_json, write_jsonl
 
 FOLDERS = {command: name for name, command in COMMANDS.items()}
 SETTINGS = dict(rows=44, valid_rows=6, epochs=1.0, max_length=64, grad_accum=2, save_steps=2, lora_r=4, lora_dropout=.1,

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'DebugOption', 'RunArgument', 'SHOWN', 'WHAT',
-           'MEASURES', 'LICENCES', 'SECRET', 'SIGNALS', 'parse_setting', 'resolve', 'stage_function', 'run_all',
-           'summary_rows', 'summary', 'run_state', 'show', 'follow_log', 'estimate_command', 'ask', 'verify', 'compare',
-           'push_files', 'metrics_table', 'card_data', 'how_to_run', 'model_card', 'push_run', 'hub_trouble', 'push',
-           'without_secrets', 'Interrupted', 'main']
+           'MEASURES', 'LICENCES', 'SIGNALS', 'parse_setting', 'resolve', 'stage_function', 'run_all', 'summary_rows',
+           'summary', 'run_state', 'show', 'follow_log', 'estimate_command', 'ask', 'verify', 'compare', 'push_files',
+           'metrics_table', 'card_data', 'how_to_run', 'model_card', 'push_run', 'hub_trouble', 'push', 'Interrupted',
+           'main']
 
-# %% ../nbs/b_cli.ipynb #871a6008
+# %% ../nbs/b_cli.ipynb #c172d078
 import json, os, re, shlex, signal, sys, time, warnings
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -19,8 +19,8 @@ from typing import Annotated
 import typer
 
 from .data import (COMMANDS, PRESETS, STAGES, Recipe, file_faults, format_prompt, nearest,
-                             need, note, rank, read_jsonl, read_manifest, run_lock, working_on,
-                             world_size)
+                             need, rank, read_jsonl, read_manifest, run_lock, without_secrets,
+                             working_on, world_size)
 
 # %% ../nbs/b_cli.ipynb #6a0def58
 def parse_setting(
@@ -523,17 +523,7 @@ def push(run: RunArgument, repo: Annotated[str,
                          'terms, and both travel with a model made of them; say that you know with --accept-noncommercial')
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({"public" if public else "private"})')
 
-# %% ../nbs/b_cli.ipynb #3e6edede
-SECRET = re.compile('TOKEN|KEY|SECRET|PASSWORD')
-
-def without_secrets(
-    text: str,  # a message, perhaps with what a server said
-) -> str:       # with the name of a variable in the place of its value
-    "Take tokens and keys of the environment out of `text`."
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 8: text = text.replace(value, f'${name}')
-    return text
-
+# %% ../nbs/b_cli.ipynb #2295e40d
 class Interrupted(BaseException):
     "A signal asked the process to stop. No library catches it, as some do KeyboardInterrupt."
 

@@ -6,18 +6,18 @@
 __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'STYLES', 'FIELDS', 'SURROGATE', 'ODD', 'STRANGE',
            'LONG', 'SOURCES', 'NO_INPUT', 'NO_TEXT', 'HEADINGS', 'NUMBERS', 'ASIDE', 'FICTION', 'POLITE', 'PLAIN',
            'FOREIGN', 'ASKS_FOREIGN', 'OPEN_END', 'DETECTORS', 'FILE_DETECTORS', 'PROJECTIONS', 'GEMMA', 'SURE_FLAGS',
-           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'FULL', 'READ_ONLY', 'LARGE', 'SCANNED', 'format_prompt',
-           'format_answer', 'text_fault', 'row_faults', 'check_row', 'row_notes', 'iter_rows', 'validate_rows',
-           'read_rows', 'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows', 'source_path',
-           'file_ids', 'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul', 'echoes_question',
-           'no_input_answer', 'placeholder_input', 'prompt_marker', 'odd_number', 'speech_levels', 'mixed_speech',
-           'foreign_share', 'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles', 'overlap',
-           'similar_pairs', 'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck',
+           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'SECRET', 'FULL', 'READ_ONLY', 'LARGE', 'SCANNED',
+           'format_prompt', 'format_answer', 'text_fault', 'row_faults', 'check_row', 'row_notes', 'iter_rows',
+           'validate_rows', 'read_rows', 'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows',
+           'source_path', 'file_ids', 'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul',
+           'echoes_question', 'no_input_answer', 'placeholder_input', 'prompt_marker', 'odd_number', 'speech_levels',
+           'mixed_speech', 'foreign_share', 'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles',
+           'overlap', 'similar_pairs', 'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck',
            'astray_batches', 'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row',
            'row_text', 'contamination', 'split_rows', 'Recipe', 'nearest', 'stage_fields', 'read_manifest',
            'check_inside', 'write_json', 'file_hashes', 'rank', 'world_size', 'run_lock', 'working_on', 'file_faults',
-           'need', 'stage_inputs', 'stage', 'note', 'sweep', 'prepare', 'file_parts', 'hash60', 'scan_part',
-           'scan_large', 'hold_out', 'prepare_large', 'write_split']
+           'need', 'stage_inputs', 'stage', 'without_secrets', 'note', 'sweep', 'prepare', 'file_parts', 'hash60',
+           'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
 
 # %% ../nbs/00_data.ipynb #dac5a8f1
 import csv, difflib, errno, hashlib, io, json, math, os, random, re, shutil, signal, time, tomllib
@@ -1110,7 +1110,7 @@ def need(
         if file != 'verify.json': raise (ValueError if (folder/file).is_file() else FileNotFoundError)(fault)
     return folder
 
-# %% ../nbs/00_data.ipynb #7817f988
+# %% ../nbs/00_data.ipynb #77abe868
 def stage_inputs(
     recipe: Recipe,    # what was asked
     run: Path,         # the run folder
@@ -1193,15 +1193,26 @@ def _difference(folder, old, new):
                     f'{new["recipe"][field]!r}; choose another --run, or --force to make it again')
     return f'{folder} was made from files that have changed since; --force makes it again'
 
-#| exports
+# %% ../nbs/00_data.ipynb #2ac6df2d
+SECRET = re.compile('TOKEN|KEY|SECRET|PASSWORD')
+
+def without_secrets(
+    text: str,  # a message, perhaps with what a server said
+) -> str:       # with the name of a variable in the place of its value
+    "Take tokens and keys of the environment out of `text`."
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8: text = text.replace(value, f'${name}')
+    return text
+
 def note(
     run: Path,   # a run folder
     text: str,
 ):
     "Add a line to `run/log.txt`, once a stage of the run is done; a log that cannot be written stops nothing."
+    line = f'{_now()} {" ".join(without_secrets(text).split())}\n'
     with suppress(OSError):
         if (Path(run)/'manifest.json').is_file():
-            with (Path(run)/'log.txt').open('a', encoding='utf-8', newline='\n') as f: f.write(f'{_now()} {" ".join(text.split())}\n')
+            with (Path(run)/'log.txt').open('a', encoding='utf-8', newline='\n') as f: f.write(line)
 
 def _now(): return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 

@@ -1,6 +1,5 @@
 "Audit, validation, contamination and scale: rows in = rows kept + rows reported, whatever comes in."
 import json, random, unicodedata
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st

@@ -1,5 +1,5 @@
 "The command: exit codes, one line an error, nothing half-written."
-import json, os, resource, subprocess, sys
+import os, resource, subprocess, sys
 
 import pytest
 

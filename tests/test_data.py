@@ -1,6 +1,5 @@
 "Rows, sources and run folders: what a notebook cannot show well."
 import hashlib, http.server, json, subprocess, sys, threading
-from pathlib import Path
 
 import pandas as pd
 import pytest

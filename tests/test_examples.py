@@ -1,5 +1,4 @@
 "The scripts in examples/, each run as its own docstring says, on the stand-in base."
-import json
 import re
 import shutil
 import subprocess

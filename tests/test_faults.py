@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kofinetune import export
-from kofinetune.data import Recipe, file_faults, note, prepare, read_manifest, stage, sweep, working_on
+from kofinetune.data import Recipe, file_faults, note, prepare, read_manifest, stage, working_on
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, '-m', 'kofinetune.cli']

@@ -16,7 +16,7 @@ from kofinetune import export
 from kofinetune.data import STYLES, Recipe, file_hashes, format_prompt, load_rows, read_jsonl, read_manifest
 from kofinetune.export import (check_name, compare_texts, create_model, difficult_rows, export_ollama, fallen_back, list_models, load_gguf,
                                modelfile, modelfile_value, own_rounding, prompt_template, proof_failures, read_modelfile,
-                               reference_answers, served_differences, served_file, server_url, verify_ollama, verify_run, write_gguf)
+                               reference_answers, served_differences, served_file, server_url, verify_ollama, write_gguf)
 
 pytestmark = pytest.mark.ollama
 NAME = 'kofinetune-rehearsal:latest'

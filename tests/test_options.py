@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from kofinetune.data import Recipe, prepare, read_jsonl
 from kofinetune.merge import merge_adapter
-from kofinetune.train import add_lora, check_names, count_trainable, encode_rows, finetune, load_base, load_tokenizer, load_tuned, make_trainer
+from kofinetune.train import add_lora, check_names, encode_rows, finetune, load_base, load_tokenizer, load_tuned, make_trainer
 
 TINY = Recipe.named('rehearsal').replace(rows=60, valid_rows=8, epochs=1.0, max_length=96, quant='none', lora_r=4, save_steps=100.)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from kofinetune.data import GEMMA, SOURCES, Recipe, prepare
+from kofinetune.data import GEMMA, SOURCES, Recipe, prepare, stage
 from kofinetune.export import is_loopback, serve_gguf, server_url
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
@@ -121,6 +121,16 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     do_GET = do_POST
+
+
+def test_what_a_failed_stage_says_is_logged_without_the_secret_in_it(tmp_path, monkeypatch):
+    secret, recipe = SECRETS['HF_TOKEN'], Recipe.named('rehearsal').replace(rows=80, valid_rows=20)
+    monkeypatch.setenv('HF_TOKEN', secret)
+    prepare(recipe, tmp_path)
+    def refused(folder): raise RuntimeError(f'403 for Bearer {secret}')
+    with pytest.raises(RuntimeError): stage(recipe, tmp_path, 'adapter', refused)
+    text = (tmp_path/'log.txt').read_text(encoding='utf-8')
+    assert 'adapter: stopped, 403 for Bearer $HF_TOKEN' in text and secret not in text
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 "What is graded, packed and trained, on real rows and in fp32."
 import torch
-import json
 
 import pytest
 import trl.trainer.utils
 
-from kofinetune.data import Recipe, format_prompt, load_rows, prepare, read_jsonl
+from kofinetune.data import Recipe, format_prompt, load_rows, prepare
 from kofinetune.train import add_lora, count_trainable, encode, encode_rows, finetune, load_base, load_tokenizer, make_trainer
 
 
