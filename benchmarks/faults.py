@@ -456,7 +456,7 @@ def downloads(bench, chance):
 class Hub(BaseHTTPRequestHandler):
     "A stand-in of the Hub's file server, with one repository; `broken`: it closes every file of weights in the middle."
     protocol_version = 'HTTP/1.1'
-    folder, broken = None, False
+    folder, broken, commit = None, False, '0' * 39 + '1'
     def log_message(self, *args): pass
     def do_GET(self):
         path = self.folder/self.path.split('?')[0].rsplit('/', 1)[-1]
@@ -466,7 +466,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send_response(404 if not known else 206 if start else 200)
         if not known: self.send_header('X-Error-Code', 'EntryNotFound')
         self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header('X-Repo-Commit', '0' * 39 + '1')
+        self.send_header('X-Repo-Commit', self.commit)
         self.send_header('Content-Length', str(len(body) - start))
         if start: self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
         self.end_headers()
@@ -489,7 +489,7 @@ def hub_download(bench):
         constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE, constants.HF_HUB_DISABLE_XET = False, cache, True
         time.sleep = lambda seconds, sleep=time.sleep: sleep(min(seconds, .05))       # between two tries
         for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'): os.environ.pop(name, None)
-    run, args = bench.fresh('train', bench.work/'run'), ['train', '--run', 'run', *bench.settings, '--set', 'base=me/base']
+    run, args = bench.fresh('train', bench.work/'run'), ['train', '--run', 'run', *bench.settings, '--set', 'base=me/base', '--set', f'revision={Hub.commit}']
     Hub.broken = True
     job = Job(bench, args, [before])
     job.wait()

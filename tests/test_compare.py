@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, vouch
 
 from kofinetune.data import Recipe, prepare, read_jsonl, write_json, write_jsonl
 from kofinetune.eval import compare_runs, evaluate, paired_difference
@@ -38,6 +38,7 @@ def copied(run, where, rows=None):
     if rows:
         chosen = rows(list(zip(read_jsonl(run/'eval'/'answers.jsonl'), read_jsonl(run/'eval'/'scores.jsonl'))))
         for name, lines in zip(('answers', 'scores'), zip(*chosen)): write_jsonl(list(lines), where/'eval'/f'{name}.jsonl')
+        vouch(where, 'eval')
     return where
 
 

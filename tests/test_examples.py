@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, vouch
 
 from kofinetune.data import Recipe, load_rows, read_jsonl, write_jsonl
 
@@ -72,6 +72,7 @@ def test_compare_two_runs(tmp_path, rehearsal_run):
     for i in lost: answers[i]['tuned'], scores[i]['tuned'] = '모름', scores[i]['base']
     write_jsonl(answers, worse/'eval'/'answers.jsonl')
     write_jsonl(scores, worse/'eval'/'scores.jsonl')
+    vouch(worse, 'eval')
     said = run('compare_two_runs.py', rehearsal_run, worse)
     for measure in ('answer_nll', 'token_accuracy', 'exact_match'):
         assert re.search(rf'^{measure}: .*: rehearsal is better$', said, re.M)

@@ -90,7 +90,8 @@ def test_data_that_is_made_again_is_the_same_and_the_run_is_whole_again(run):
 def test_show_says_what_is_missing_and_what_is_not_made(run):
     shown = kofinetune('show', run)
     assert shown.returncode == 0 and shown.stdout.count(' whole ') == 5 and shown.stderr == ''
-    for text in ('rows to train on, 250 held out, of 2,320', ' steps, ', 'KL ', '0 of 2,', 'answer loss'): assert text in shown.stdout, text
+    for text in ('rows to train on, 250 held out, of 2,320', ' steps, ', 'KL ', 'answer loss'): assert text in shown.stdout, text
+    assert re.search(r' 0 of (158|2,\d{3}) prompts with other tokens', shown.stdout)     # on a server, or on llama.cpp
     flip(run/'ollama'/'verify.json')                        # every proof writes it again
     shutil.rmtree(run/'eval')
     (run/'merged'/'config.json').unlink()
@@ -184,7 +185,8 @@ def test_a_run_under_nohup_outlives_its_terminal_and_is_followed_from_another(tm
 def test_without_nohup_a_closed_terminal_stops_it_and_its_line_says_what_is_kept(tmp_path):
     recipe = ['--set', 'rows=80', '--set', 'valid_rows=8', '--set', 'epochs=30', '--set', 'max_length=64', '--set', 'save_steps=3']
     kofinetune('data', '--run', 'r', *recipe, cwd=tmp_path)
-    train = subprocess.Popen([*COMMAND, 'train', '--run', 'r', *recipe], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    train = subprocess.Popen([*COMMAND, 'train', '--run', 'r', *recipe], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))   # these tests may themselves run under nohup
     while not list(tmp_path.glob('r/checkpoints/checkpoint-3/sealed.json')) and train.poll() is None: time.sleep(.02)
     train.send_signal(signal.SIGHUP)
     said = [line for line in train.communicate(timeout=60)[1].splitlines() if line.startswith('kofinetune: ')]

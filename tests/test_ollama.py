@@ -8,12 +8,12 @@ import subprocess
 import httpx
 import ollama
 import pytest
-from conftest import ollama_program
+from conftest import ollama_program, vouch
 
 from test_export import copied, make_model
 
 from kofinetune import export
-from kofinetune.data import STYLES, Recipe, file_hashes, format_prompt, load_rows, read_jsonl, read_manifest
+from kofinetune.data import STYLES, Recipe, format_prompt, load_rows, read_jsonl, read_manifest
 from kofinetune.export import (check_name, compare_texts, create_model, difficult_rows, export_ollama, fallen_back, list_models, load_gguf,
                                modelfile, modelfile_value, own_rounding, prompt_template, proof_failures, read_modelfile,
                                reference_answers, served_differences, served_file, server_url, verify_ollama, write_gguf)
@@ -186,8 +186,7 @@ def test_a_model_that_fails_its_proof_gets_no_name(run, tmp_path):
     (copy/'manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
     path = copy/'ollama'/'Modelfile'
     path.write_text(path.read_text(encoding='utf-8').replace(prompt_template('alpaca'), POST), encoding='utf-8')
-    manifest['stages']['ollama']['files'] = file_hashes(copy/'ollama')      # as if the stage had written it so
-    (copy/'manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
+    vouch(copy, 'ollama')
     with pytest.raises(RuntimeError, match=r'does not serve the merged model: 158 of 158 prompts are rendered differently'):
         export_ollama(Recipe.named('rehearsal'), copy)
     assert not [m for m in list_models() if m['name'].startswith('never')]

@@ -3,7 +3,7 @@ import json
 import shutil
 import struct
 
-from kofinetune.data import file_hashes, read_manifest, write_json
+from conftest import vouch
 
 ROW = '{"instruction": "수도는?", "input": "", "output": "서울"}\n'
 
@@ -105,9 +105,7 @@ def run_with_pickled_adapter(here, base, run):
     adapter_pickled(here, base, run)
     shutil.rmtree(_run(here, run)/'adapter')
     (here/'adapter').rename(here/'run'/'adapter')
-    manifest = read_manifest(here/'run')          # as if it had been made so
-    manifest['stages']['adapter']['files'] = file_hashes(here/'run'/'adapter')
-    write_json(manifest, here/'run'/'manifest.json')
+    vouch(here/'run', 'adapter')
 
 
 def run_adapter_changed(here, base, run):

@@ -20,9 +20,9 @@ def absent(reason):
     pytest.skip(reason)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def chromium():
-    "One browser for all tests."
+    "One browser for a file of tests; Playwright runs once in a process, so the next file's comes after."
     program = shutil.which('chromium') or shutil.which('google-chrome')
     if not program: absent('no chromium on PATH; install it with: apt-get install --no-install-recommends chromium fonts-nanum')
     from playwright.sync_api import sync_playwright
