@@ -467,6 +467,7 @@ class Hub(BaseHTTPRequestHandler):
         if not known: self.send_header('X-Error-Code', 'EntryNotFound')
         self.send_header('ETag', f'"{hashlib.sha256(body).hexdigest()}"')
         self.send_header('X-Repo-Commit', self.commit)
+        self.send_header('Connection', 'close')      # said, so that nobody sends the next request into a closing door
         self.send_header('Content-Length', str(len(body) - start))
         if start: self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
         self.end_headers()
