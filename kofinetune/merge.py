@@ -228,8 +228,7 @@ def merge_adapter(
         rows, held_out = _measured_rows(run)
         live, tok = load_tuned(recipe, run)
         kept = answer_states(live, tok, rows, recipe.style, recipe.max_length)
-        if recipe.adapter == 'lora' and 'lm_head' not in recipe.target_modules:
-            kept['head'] = None   # as in the base
+        kept['head'] = None   # it would hold on to the whole model
         del live
         _let_go()
         ways = {way: _write_way(way, recipe, run, folder/way, rows, kept)
@@ -276,9 +275,15 @@ def _write_way(way, recipe, run, folder, rows, kept):
     if tied != config['tie_word_embeddings']:
         raise RuntimeError('the merged head is no longer tied to the embeddings')
     mine = answer_states(again, tok, rows, recipe.style, recipe.max_length)
-    report = compare_answers(kept | dict(head=kept['head'] or mine['head']), mine)
+    head = _live_head(recipe, run) or mine['head']
+    report = compare_answers(kept | dict(head=head), mine)
     note(run, f'merged: {way} written and read back, KL {report["kl"]:.5f} nats a token')
     return report
+
+def _live_head(recipe, run):
+    "Load the tuned head anew: of a mapped file nothing else is read. None where it is the base's."
+    if recipe.adapter == 'lora' and 'lm_head' not in recipe.target_modules: return None
+    return load_tuned(recipe, run)[0].get_output_embeddings()
 
 def _merged(way, recipe, run):
     "Make the merged model in float32."
