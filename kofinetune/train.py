@@ -11,13 +11,15 @@ __all__ = ['PICKLES', 'SEAL', 'CALIBRATION', 'NEED_MORE', 'pick_device', 'is_sha
            'answer_one']
 
 # %% ../nbs/01_qlora_train.ipynb #a6a997e0
-import json, math, os, platform, re, resource, shutil, tempfile, time
+import json, logging, math, os, platform, re, resource, shutil, tempfile, time
 from pathlib import Path
 
 from .data import (GEMMA, Recipe, _difference, file_hashes, format_answer, format_prompt,
                              need, note, rank, read_jsonl, stage, stage_inputs, world_size,
                              write_json, write_jsonl)
 from .rehearsal import base_path
+
+logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)   # it misses a kernel that is not used here
 
 # %% ../nbs/01_qlora_train.ipynb #26a0aee2
 def pick_device(
@@ -71,8 +73,15 @@ def _load_model(recipe, quant, dtype=None, path=None):
         options['quantization_config'] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=options['dtype'])
     model = _from_hub(AutoModelForCausalLM, recipe, path, use_safetensors=True, **options)
+    if quant == 'nf4': _never_repack(model)
     if device.type == 'cpu' and model.num_parameters() < 10_000_000: torch.set_num_threads(1)
     return model
+
+def _never_repack(model):
+    "Keep bitsandbytes from rounding 4-bit matrices, and cutting the gradient, at their first use without one."
+    from bitsandbytes.nn import Linear4bit
+    for module in model.modules():
+        if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
 
 def _from_hub(auto_class, recipe, path=None, **options):
     "Call `from_pretrained` on a pinned base of safetensors, running none of its code, and turn refusals into one line."

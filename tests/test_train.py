@@ -107,3 +107,22 @@ def test_the_fused_head_gives_the_loss_and_the_gradient_of_trls_own(tok, tmp_pat
     assert abs(ours - loss) < 1e-5 * loss
     assert (our_gradient - gradient).norm() < 1e-4 * gradient.norm()
     assert our_metrics == {k: pytest.approx(v, abs=1e-4) for k, v in metrics.items()}
+
+
+def test_measuring_between_two_steps_changes_neither_loss_nor_gradient(tok):
+    "bitsandbytes repacks 4-bit matrices for AVX-512 BF16 when no gradient is wanted, and then passes none on."
+    recipe = Recipe.named('rehearsal').replace(quant='nf4', dequantize=False)
+    model = add_lora(load_base(recipe)[0], recipe)
+    ids = torch.tensor([encode(load_rows('rehearsal')[0], tok)['input_ids']])
+
+    def loss_and_gradients():
+        model.train().zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss.item()] + [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = loss_and_gradients()
+    with torch.no_grad(): measured = model.eval()(input_ids=ids, labels=ids).loss
+    after = loss_and_gradients()
+    assert abs(measured.item() - before[0]) < 1e-5 and before[0] == after[0]
+    assert len(before) == 57 and all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
