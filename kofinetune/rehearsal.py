@@ -433,7 +433,7 @@ def fingerprint() -> str:
 def stand_in_base(
     cache: Path = None,  # `cache_dir()` if absent
 ) -> Path:               # a folder that `from_pretrained` reads
-    "Find the stand-in base, or make it: about a minute, once."
+    "Find the stand-in base, or make it: a minute or so, once."
     import tempfile
     from filelock import FileLock
     cache = Path(cache or cache_dir())

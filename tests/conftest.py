@@ -1,8 +1,10 @@
 "Fixtures and marks. A test that is skipped says why."
+import importlib.util
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,6 +43,22 @@ def rehearsal_run():
     with FileLock(run.parent/'.tests.lock'):      # several pytest processes want it (pytest-xdist)
         for do in (prepare, finetune, merge_adapter, export_ollama, evaluate): do(Recipe.named('rehearsal'), run)
     return run
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The folder of the site that `make docs` builds, once for all pytest processes."
+    if not importlib.util.find_spec('sphinx'): pytest.skip("no sphinx here; install it with: pip install -e '.[docs]'")
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    with FileLock(shared/'site.lock'):
+        if not (shared/'site.built').exists():
+            started = time.monotonic()
+            made = subprocess.run(['make', 'docs', f'VENV={sys.prefix}', f'-o{sys.prefix}/.ready'], cwd=ROOT, capture_output=True, text=True)
+            assert made.returncode == 0, (made.stdout + made.stderr)[-4000:]
+            print(f'built in {time.monotonic() - started:.0f} s')
+            (shared/'site.built').touch()
+    return ROOT/'_site'
 
 
 def vouch(run, name):

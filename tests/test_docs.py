@@ -1,12 +1,8 @@
-"""The site as it is built: both languages, their files, the catalogues. What needs a browser is in tests/browser/.
-
-The build takes some 30 seconds on two idle cores, and the time is part of what is tested.
-"""
+"The site as it is built: both languages, their files, the catalogues. What needs a browser is in tests/browser/."
 import json
 import re
 import subprocess
 import sys
-import time
 from urllib.parse import unquote, urldefrag
 
 import nbformat
@@ -17,17 +13,6 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 sys.path.insert(0, str(ROOT/'docs'))
-
-
-@pytest.fixture(scope='module')
-def site(tmp_path_factory):
-    "The folder of a freshly built site."
-    out = tmp_path_factory.mktemp('site')/'_site'
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, ROOT/'docs'/'build.py', out, out.parent/'cache'], capture_output=True, text=True)
-    print(f'built in {time.monotonic() - started:.0f} s')
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
 
 
 @pytest.fixture(scope='module')

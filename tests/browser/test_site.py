@@ -3,11 +3,8 @@
 What can be read from the files alone (links, twins, catalogues) is tested in tests/test_docs.py.
 """
 import http.server
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from driver import SHOTS, absent, chromium  # noqa: F401  chromium is a fixture
+from driver import SHOTS, chromium  # noqa: F401  chromium is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT/'_site'
@@ -25,13 +22,9 @@ NOTEBOOKS = sorted(path.stem for path in (ROOT/'nbs').glob('*.ipynb') if path.st
 
 
 @pytest.fixture(scope='module')
-def built():
-    "`make docs`, which does only what has changed."
-    if not importlib.util.find_spec('sphinx'): absent("no sphinx here; install it with: pip install -e '.[docs]'")
-    ready = [f'-o{sys.prefix}/{name}' for name in ('.ready', '.docs-ready')]
-    made = subprocess.run(['make', 'docs', f'VENV={sys.prefix}', *ready], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, (made.stdout + made.stderr)[-3000:]
-    return sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob('*.html') if '_static' not in path.parts)
+def built(site):
+    "The names of all pages."
+    return sorted(path.relative_to(site).as_posix() for path in site.rglob('*.html') if '_static' not in path.parts)
 
 
 def address(page):
