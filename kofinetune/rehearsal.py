@@ -279,7 +279,7 @@ ROWS = 2320  # packaged rows
 def make_rows(
     n: int = ROWS,  # how many
     seed: int = 0,
-) -> list[dict]:    # instruction, input, output, kind; as many of every kind as there are
+) -> list[dict]:    # instruction, input, output, kind; equally many of each kind
     "Ask for each of `n` facts once, in one of its kind's phrasings."
     rng, rows, each = random.Random(f'rows {seed}'), [], -(-n // len(KINDS))
     for name, kind in KINDS.items():

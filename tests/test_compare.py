@@ -20,7 +20,7 @@ def ablation():
     "The two small runs of notebook 04: the answer graded, and everything graded."
     runs = {loss: ROOT/'runs'/f'ablation-{loss}' for loss in ('answer', 'whole')}
     for loss, run in runs.items():
-        recipe = Recipe.named('rehearsal').replace(name=f'ablation-{loss}', loss=loss, rows=800, valid_rows=200, epochs=1.0,
+        recipe = Recipe.named('rehearsal').replace(name=f'ablation-{loss}', loss=loss, rows=400, valid_rows=100, epochs=1.0,
                                                    quant='none', gguf=('bf16',))
         for make in (prepare, finetune, merge_adapter, export_ollama, evaluate): make(recipe, run)
     return runs
@@ -53,7 +53,7 @@ def test_the_command_prints_and_writes_what_the_reports_say(ablation, tmp_path):
         for m in ('answer_nll', 'token_accuracy', 'bits_per_byte', 'exact_match'):
             assert mine[m] == pytest.approx(report['tuned'][m], rel=1e-9) and mine[f'base_{m}'] == pytest.approx(report['base'][m])
         assert mine['num_tokens'] == metrics['num_tokens'] and mine['device'] == metrics['device']
-    assert list(result['recipe']) == ['loss'] and result['rows'] == 200
+    assert list(result['recipe']) == ['loss'] and result['rows'] == 100
     text = (tmp_path/'out'/'compare.md').read_text(encoding='utf-8')
     value, difference = f"{result['runs']['ablation-answer']['answer_nll']:.3f}", result['differences']['ablation-whole']['answer_nll']
     for said in (value, 'recipe: loss', f"{difference['difference']:+.3f}"): assert said in text and said in seen.stdout
@@ -63,9 +63,9 @@ def test_the_command_prints_and_writes_what_the_reports_say(ablation, tmp_path):
 
 
 def test_rows_that_not_every_run_was_judged_on_are_left_out_and_counted(ablation, tmp_path):
-    few = copied(ablation['whole'], tmp_path/'few', lambda pairs: pairs[:120])
+    few = copied(ablation['whole'], tmp_path/'few', lambda pairs: pairs[:60])
     result = compare_runs([ablation['answer'], few])
-    assert result['rows'] == 120 and result['notes'][0] == 'ablation-answer: 200 rows were judged, 120 of them by every run'
+    assert result['rows'] == 60 and result['notes'][0] == 'ablation-answer: 100 rows were judged, 60 of them by every run'
     other = copied(ablation['whole'], tmp_path/'other', lambda pairs: [(a | dict(instruction='다른 질문'), s) for a, s in pairs])
     with pytest.raises(ValueError, match='share none'): compare_runs([ablation['answer'], other])
     backwards = copied(ablation['whole'], tmp_path/'backwards', lambda pairs: pairs[::-1])
@@ -77,7 +77,7 @@ def test_a_run_that_was_trained_on_the_rows_is_named(ablation, tmp_path):
     leaky = copied(ablation['whole'], tmp_path/'leaky')
     write_jsonl(read_jsonl(leaky/'data'/'train.jsonl') + read_jsonl(leaky/'data'/'valid.jsonl')[:30], leaky/'data'/'train.jsonl')
     notes = compare_runs([ablation['answer'], leaky])['notes']
-    assert 'leaky was TRAINED on 30 of these 200 rows: its numbers are too good' in notes
+    assert 'leaky was TRAINED on 30 of these 100 rows: its numbers are too good' in notes
     assert not [n for n in compare_runs(list(ablation.values()))['notes'] if 'TRAINED' in n]
 
 

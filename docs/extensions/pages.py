@@ -34,7 +34,7 @@ def add_context(app, pagename, templatename, context, doctree):
     if not notebook.is_file(): return
     colab = f'https://colab.research.google.com/github/{settings["user"]}/{settings["repo"]}/blob'
     published = f'{PUBLISHED}/ko/notebooks' if language == 'ko' else f'{settings["branch"]}/{settings["nbs_path"]}'
-    context['notebook'] = dict(colab=f'{colab}/{published}/{notebook.name}', download=f'{to_root}notebooks/{notebook.name}',
+    context['notebook'] = dict(repository=settings['git_url'], colab=f'{colab}/{published}/{notebook.name}', download=f'{to_root}notebooks/{notebook.name}',
                                source=f'{settings["git_url"]}/blob/{settings["branch"]}/{settings["nbs_path"]}/{notebook.name}')
 
 
