@@ -71,15 +71,17 @@ def stage_function(
 
 app = typer.Typer(name='kofinetune', no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False,
-                  help='Fine-tune a small language model in Korean, serve it with Ollama, and prove what changed.',
-                  epilog='Recipes: ' + ', '.join(PRESETS) + '. Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.')
+                  help='Fine-tune a small language model in Korean, serve it with Ollama, '
+                       'and prove what changed.',
+                  epilog='Recipes: ' + ', '.join(PRESETS) + '. '
+                         'Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.')
 
 RecipeOption = Annotated[str, typer.Option('--recipe', metavar='NAME|FILE',
                                            help='blog, best, rehearsal, or a .toml or .json file.')]
-RunOption = Annotated[Path, typer.Option('--run', metavar='DIR',
-                                         help='The run folder. Default: runs/<name of the recipe>.')]
-SetOption = Annotated[list[str], typer.Option('--set', metavar='KEY=VALUE',
-                                              help='Change one field of the recipe; may be repeated.')]
+RunOption = Annotated[Path, typer.Option(
+    '--run', metavar='DIR', help='The run folder. Default: runs/<name of the recipe>.')]
+SetOption = Annotated[list[str], typer.Option(
+    '--set', metavar='KEY=VALUE', help='Change one field of the recipe; may be repeated.')]
 ForceOption = Annotated[bool, typer.Option('--force',
                                            help='Make it again, even where it is there.')]
 DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback of an error.')]
@@ -111,7 +113,9 @@ def run_all(recipe: RecipeOption = None, run: RunOption = None, settings: SetOpt
 for _name, _what in {'data': 'Rows: load, audit, split.', 'train': 'QLoRA: train the adapter.',
                      'merge': 'One model of base and adapter.',
                      'export': 'GGUF files, a Modelfile, and Ollama where it answers.',
-                     'eval': 'Base, tuned, merged and every exported file on the held-out rows.'}.items(): _stage_command(_name, _what)
+                     'eval': 'Base, tuned, merged and every exported file '
+                             'on the held-out rows.'}.items():
+    _stage_command(_name, _what)
 
 # %% ../nbs/b_cli.ipynb #d68468ae
 def summary_rows(
@@ -124,7 +128,8 @@ def summary_rows(
     rows = [('rows trained on', '', f'{train["rows"]:,} of {data["rows"]:,} ({data["source"]})'),
             ('tokens trained on', '',
              f'{train["num_tokens"]:,} in {train["train_runtime"]:.0f} s on {train["device"]}'),
-            ('rows judged on', '', f'{report["rows"]:,}, {"held out" if report["held_out"] else "NOT held out"}'),
+            ('rows judged on', '',
+             f'{report["rows"]:,}, {"held out" if report["held_out"] else "NOT held out"}'),
             ('answer loss, nats a token', f'{base["answer_nll"]:.3f}',
              f'{tuned["answer_nll"]:.3f}')]
     if base['exact_match'] is not None:
@@ -155,11 +160,14 @@ def summary(
 # %% ../nbs/b_cli.ipynb #0203e528
 SHOWN = dict(
     data=lambda r: f'{r["train"]:,} rows to train on, {r["valid"]:,} held out, of {r["rows"]:,}',
-    adapter=lambda r: f'loss {r["train_loss"]:.3f} over {r["steps"]:,} steps, {r["num_tokens"]:,} tokens, {r["device"]}',
+    adapter=lambda r: f'loss {r["train_loss"]:.3f} over {r["steps"]:,} steps, '
+                      f'{r["num_tokens"]:,} tokens, {r["device"]}',
     merged=lambda r: f'merged in {r["merge"]}, KL {r["kl"]:.5f} nats a token',
-    ollama=lambda r: f'{r["served_file"]}, {r["tokens"]["different"]} of {r["tokens"]["checked"]:,} prompts with other tokens, '
+    ollama=lambda r: f'{r["served_file"]}, {r["tokens"]["different"]} of '
+                     f'{r["tokens"]["checked"]:,} prompts with other tokens, '
                      + ('registered' if r['registered'] else 'not registered'),
-    eval=lambda r: 'answer loss {:.3f} -> {:.3f} nats a token'.format(*(r['models'][n]['answer_nll'] for n in ('base', 'tuned'))))
+    eval=lambda r: 'answer loss {:.3f} -> {:.3f} nats a token'.format(
+        *(r['models'][n]['answer_nll'] for n in ('base', 'tuned'))))
 
 def run_state(
     run: Path,   # a run folder
@@ -167,21 +175,26 @@ def run_state(
     "Look at every stage of a run and at every file."
     run, manifest, stages, faults = Path(run), read_manifest(run), [], []
     if not manifest['stages']:
-        raise FileNotFoundError(f'{run} holds no finished stage; make all of them with: kofinetune run --run {run}')
+        raise FileNotFoundError(f'{run} holds no finished stage; make all of them with: '
+                                f'kofinetune run --run {run}')
     for name in STAGES:
         command, made = f'kofinetune {COMMANDS[name]} --run {run}', manifest['stages'].get(name)
         if not made: stages.append(dict(name=name, state='not made', said=command)); continue
         files = [run/name/file for file in made['files']]
-        wrong = [f'{run/name} is missing; make it again with: {command}'] if not (run/name).is_dir() else \
-            list(file_faults(run, name).values())
+        wrong = ([f'{run/name} is missing; make it again with: {command}']
+                 if not (run/name).is_dir() else list(file_faults(run, name).values()))
         faults += wrong
-        stages.append(dict(name=name, state='DAMAGED' if wrong else 'whole', made=made.get('finished', ''), seconds=made['seconds'],
-                           bytes=sum(p.stat().st_size for p in files if p.is_file()), said=SHOWN[name](made['result'])))
+        stages.append(dict(name=name, state='DAMAGED' if wrong else 'whole',
+                           made=made.get('finished', ''), seconds=made['seconds'],
+                           bytes=sum(p.stat().st_size for p in files if p.is_file()),
+                           said=SHOWN[name](made['result'])))
     return dict(working=working_on(run), stages=stages, faults=faults)
 
 # %% ../nbs/b_cli.ipynb #a277ac4c
 @app.command('show')
-def show(run: RunArgument, follow: Annotated[bool, typer.Option('--follow', help='Print what it logs, until nobody works on it.')] = False,
+def show(run: RunArgument,
+         follow: Annotated[bool, typer.Option(
+             '--follow', help='Print what it logs, until nobody works on it.')] = False,
          debug: DebugOption = False):
     "What a run holds: stages, times, measures, and what is missing or damaged. Exit code 1 when a file is."
     if follow: return follow_log(run)
@@ -190,12 +203,17 @@ def show(run: RunArgument, follow: Annotated[bool, typer.Option('--follow', help
     state, table = run_state(run), Table(title=f'{run}', title_justify='left')
     for name in ('', 'files', 'made', 'seconds', 'MB', ''): table.add_column(name, overflow='fold')
     for s in state['stages']:
-        numbers = [s['made'], f'{s["seconds"]:,}', f'{s["bytes"] / 1e6:,.1f}'] if 'made' in s else [''] * 3
+        numbers = [s['made'], f'{s["seconds"]:,}',
+                   f'{s["bytes"] / 1e6:,.1f}'] if 'made' in s else [''] * 3
         table.add_row(s['name'], s['state'], *numbers, s['said'])
     Console().print(table)
-    if state['working']: typer.echo(f'process {state["working"]} works on it; watch it with: kofinetune show {run} --follow')
+    if state['working']:
+        typer.echo(f'process {state["working"]} works on it; watch it with: '
+                   f'kofinetune show {run} --follow')
     for fault in state['faults']: typer.echo(fault)
-    if len(state['faults']) > 1: raise RuntimeError(f'{len(state["faults"])} files of {run} are missing or damaged, as listed above')
+    if len(state['faults']) > 1:
+        raise RuntimeError(f'{len(state["faults"])} files of {run} are missing or damaged, '
+                           'as listed above')
     if state['faults']: raise RuntimeError(state['faults'][0])
 
 def follow_log(
@@ -205,7 +223,7 @@ def follow_log(
     "Print the last lines of `run/log.txt`, and then every new one, until nobody works on the run."
     path, shown = Path(run)/'log.txt', None
     while True:
-        working = working_on(run)               # asked first: what is written before the end is not missed
+        working = working_on(run)   # asked first: what is written before the end is not missed
         lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
         for line in lines[-10 if shown is None else shown:]: typer.echo(line)
         shown = len(lines)
@@ -250,10 +268,12 @@ def verify(run: RunArgument, debug: DebugOption = False):
 
 # %% ../nbs/b_cli.ipynb #73598a0b
 @app.command('compare')
-def compare(runs: Annotated[list[Path], typer.Argument(metavar='RUN RUN...',
-                                                       help='Finished run folders; the first is what the others are compared with.')],
-            out: Annotated[Path, typer.Option('--out', metavar='DIR',
-                                              help='Write compare.md, compare.json and compare.png there.')] = None,
+def compare(runs: Annotated[list[Path], typer.Argument(
+                metavar='RUN RUN...',
+                help='Finished run folders; the first is what the others are compared with.')],
+            out: Annotated[Path, typer.Option(
+                '--out', metavar='DIR',
+                help='Write compare.md, compare.json and compare.png there.')] = None,
             debug: DebugOption = False):
     "Finished runs side by side: measures with paired intervals, curves, cost, and the fields that differ."
     from kofinetune.eval import compare_runs, comparison_table
@@ -270,9 +290,10 @@ def compare(runs: Annotated[list[Path], typer.Argument(metavar='RUN RUN...',
     if out: typer.echo(f'compare: done, {out}/compare.md')
 
 # %% ../nbs/b_cli.ipynb #264ddd4d
+# stage, beginnings of names, kind
 WHAT = {'merged': ('merged', '', 'a model of transformers'),
         'adapter': ('adapter', 'adapter_', 'a LoRA adapter of peft'),
-        'gguf': ('ollama', ('model-', 'Modelfile'), 'GGUF files for llama.cpp and Ollama')}   # stage, beginnings of names, kind
+        'gguf': ('ollama', ('model-', 'Modelfile'), 'GGUF files for llama.cpp and Ollama')}
 
 def push_files(
     run: Path,               # a finished run
@@ -284,11 +305,12 @@ def push_files(
     folder, record = need(run, name), read_manifest(run)['stages'][name]
     files = {file: folder/file for file in record['files'] if file.startswith(begins)}
     if not files:
-        raise ValueError(f'{run} trained every weight and has no adapter; push it with --what merged')
+        raise ValueError(f'{run} trained every weight and has no adapter; '
+                         'push it with --what merged')
     for path in files.values():
         if not path.is_file():
-            raise FileNotFoundError(f'{path} is missing; '
-                                    f'make it with: kofinetune {COMMANDS[name]} --run {run} --force')
+            raise FileNotFoundError(f'{path} is missing; make it with: '
+                                    f'kofinetune {COMMANDS[name]} --run {run} --force')
     return files
 
 # %% ../nbs/b_cli.ipynb #d2e93103
@@ -314,7 +336,8 @@ def metrics_table(
 # %% ../nbs/b_cli.ipynb #27bbf684
 LICENCES = {(True, True): dict(license='other', license_name='gemma-terms-and-cc-by-nc-4.0',
                                license_link='https://ai.google.dev/gemma/terms'),
-            (True, False): dict(license='gemma'), (False, True): dict(license='cc-by-nc-4.0')}   # (Gemma, KoAlpaca)
+            (True, False): dict(license='gemma'),
+            (False, True): dict(license='cc-by-nc-4.0')}   # (Gemma, KoAlpaca)
 
 def card_data(
     recipe: Recipe,    # base and source
@@ -327,12 +350,14 @@ def card_data(
     from huggingface_hub import EvalResult, ModelCardData
     from kofinetune.train import base_name
     base = base_name(recipe.base)
-    data = recipe.source if recipe.source.startswith('koalpaca') or recipe.source == 'rehearsal' else 'own rows'
-    mine = LICENCES.get(('gemma' in base.lower(), data.startswith('koalpaca')),
-                        dict(license='apache-2.0' if (base,
-                                                      data) == ('rehearsal', 'rehearsal') else 'other'))
-    origin = dict(base_model=base,
-                  base_model_relation='adapter' if what == 'adapter' else 'finetune') if '/' in base else {}
+    data = (recipe.source if recipe.source.startswith('koalpaca') or recipe.source == 'rehearsal'
+            else 'own rows')
+    mine = LICENCES.get(
+        ('gemma' in base.lower(), data.startswith('koalpaca')),
+        dict(license='apache-2.0' if (base, data) == ('rehearsal', 'rehearsal') else 'other'))
+    origin = dict(
+        base_model=base, base_model_relation='adapter' if what == 'adapter' else 'finetune'
+    ) if '/' in base else {}
     results = [EvalResult(task_type='text-generation', dataset_type=data,
                           dataset_name=f'{data}, {report["rows"]} rows',
                           dataset_split='held-out' if report['held_out'] else 'train',
@@ -374,7 +399,8 @@ def how_to_run(
         'print(made[0]["generated_text"])\n```\n\n')
     if what == 'merged' and not modelfile: return python.rstrip()
     if what == 'adapter':
-        return f'{python}### Ollama\n\nOllama needs one whole model: merge the adapter with its base first.'
+        return (f'{python}### Ollama\n\n'
+                'Ollama needs one whole model: merge the adapter with its base first.')
     return python + _with_ollama(what, repo, modelfile)
 
 def _with_ollama(what, repo, modelfile):
@@ -405,16 +431,20 @@ def model_card(
     prompt = format_prompt(dict(instruction='{instruction}', input='{input}'), recipe.style)
     parts = [f'# {title}', f'{headline(report)} Published here: {WHAT[what][2]}.', '## Measured',
              metrics_table(report),
-             f'The row that stands for these files is `{judged}`. Intervals are 95 %, by bootstrap over rows.',
-             '## How to run it', how_to_run(recipe, what, repo,
-                                            made.read_text(encoding='utf-8') if made.is_file() else ''),
+             f'The row that stands for these files is `{judged}`. '
+             'Intervals are 95 %, by bootstrap over rows.',
+             '## How to run it',
+             how_to_run(recipe, what, repo,
+                        made.read_text(encoding='utf-8') if made.is_file() else ''),
              '## Prompt', f'```text\n{prompt}```\n\n`### Input:` ' + (
-                 'stands there even when it is empty.' if recipe.style == 'blog' else 'is left out where there is none.') +
+                 'stands there even when it is empty.' if recipe.style == 'blog' else
+                 'is left out where there is none.') +
              ' The answer follows, and `<eos>` ends it.',
              '## Data, base and terms', _made_of(recipe, record), '## Limits',
              _limits(recipe, report, judged, what),
              '## Made with', _versions(recipe, record)]
-    return f'---\n{card_data(recipe, report, what, judged, title).to_yaml()}\n---\n\n' + '\n\n'.join(parts) + '\n'
+    return (f'---\n{card_data(recipe, report, what, judged, title).to_yaml()}\n---\n\n'
+            + '\n\n'.join(parts) + '\n')
 
 def _judged_gguf(record, report):
     "Name the report's model that stands for the GGUF files: the served one, or the merged one."
@@ -433,24 +463,29 @@ def _made_of(recipe, record):
     from kofinetune.train import base_name
     data = record['stages']['data']['result']
     base = base_name(recipe.base) + (f' at revision {recipe.revision}' if recipe.revision else '')
-    return '\n'.join([f'- {data["train"]:,} rows to train on, {data["valid"]:,} held out, of {data["rows"]:,}',
+    return '\n'.join([f'- {data["train"]:,} rows to train on, {data["valid"]:,} held out, '
+                      f'of {data["rows"]:,}',
                       f'- base: {base}', *(f'- {" ".join(text.split())}'
                                            for text in _terms(recipe))])
 
 def _limits(recipe, report, judged, what):
     "List what the numbers do not say."
-    limits = ['Trained on single questions with one answer each: it has no memory of earlier turns.',
+    limits = ['Trained on single questions with one answer each: '
+              'it has no memory of earlier turns.',
               'Another prompt than the one above was not trained and was not measured.',
               'Not judged: truth of the answers, safety, bias, other languages.']
-    if not report['held_out']: limits.insert(0,
-                                             'The rows it was measured on were trained on: nothing here says how it does on others.')
-    if recipe.base == 'rehearsal': limits.insert(0,
-                                                 'The base is a stand-in made in a minute. The numbers show that the method works, '
-                                                    'and say nothing of the quality of Gemma.')
+    if not report['held_out']:
+        limits.insert(0, 'The rows it was measured on were trained on: '
+                         'nothing here says how it does on others.')
+    if recipe.base == 'rehearsal':
+        limits.insert(0, 'The base is a stand-in made in a minute. The numbers show that the '
+                         'method works, and say nothing of the quality of Gemma.')
     if recipe.source.startswith('koalpaca'):
-        limits.append('The answers of KoAlpaca were written by a language model, and some are wrong.')
+        limits.append('The answers of KoAlpaca were written by a language model, '
+                      'and some are wrong.')
     if what == 'gguf' and judged == 'merged':
-        limits.append('The files were not judged themselves; the numbers are those of the model they were made of.')
+        limits.append('The files were not judged themselves; '
+                      'the numbers are those of the model they were made of.')
     return '\n'.join(f'- {text}' for text in limits)
 
 def _versions(recipe, record):
@@ -500,7 +535,8 @@ def hub_trouble(
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     mend = {401: 'log in with: hf auth login',
             404: 'is the owner right? It must be you or an organisation of yours',
-            403: 'your token may not write there; make one that may at https://huggingface.co/settings/tokens, then: hf auth login'}
+            403: 'your token may not write there; make one that may at '
+                 'https://huggingface.co/settings/tokens, then: hf auth login'}
     what = mend.get(status, 'run the same command again; what has arrived is not sent twice')
     if isinstance(error, OfflineModeIsEnabled): what = 'HF_HUB_OFFLINE is set; unset it'
     why = next(iter(str(error).split('\n\n')[0].split('\n')), '') or type(error).__name__
@@ -508,20 +544,24 @@ def hub_trouble(
 
 # %% ../nbs/b_cli.ipynb #b91c28ee
 @app.command('push')
-def push(run: RunArgument, repo: Annotated[str,
-                                           typer.Argument(metavar='REPO', help='owner/name on the Hugging Face Hub.')],
+def push(run: RunArgument,
+         repo: Annotated[str, typer.Argument(
+             metavar='REPO', help='owner/name on the Hugging Face Hub.')],
          what: Annotated[str, typer.Option('--what', help='merged, adapter or gguf.')] = 'merged',
-         public: Annotated[bool, typer.Option('--public',
-                                              help='Let everybody see it. Default: private.')] = False,
-         accept: Annotated[bool, typer.Option('--accept-noncommercial',
-                                              help='I know the terms of the data and of the base.')] = False,
+         public: Annotated[bool, typer.Option(
+             '--public', help='Let everybody see it. Default: private.')] = False,
+         accept: Annotated[bool, typer.Option(
+             '--accept-noncommercial',
+             help='I know the terms of the data and of the base.')] = False,
          debug: DebugOption = False):
     "A run's model and its card, with both licences, to the Hub."
     push_files(run, what)
     if not accept:
         raise ValueError('KoAlpaca forbids commercial use (CC BY-NC 4.0) and Gemma has its own '
-                         'terms, and both travel with a model made of them; say that you know with --accept-noncommercial')
-    typer.echo(f'push: done, {push_run(run, repo, what, public)} ({"public" if public else "private"})')
+                         'terms, and both travel with a model made of them; '
+                         'say that you know with --accept-noncommercial')
+    typer.echo(f'push: done, {push_run(run, repo, what, public)} '
+               f'({"public" if public else "private"})')
 
 # %% ../nbs/b_cli.ipynb #2295e40d
 class Interrupted(BaseException):
@@ -549,12 +589,14 @@ def main():
                             BITSANDBYTES_NOWELCOME='1').items(): os.environ.setdefault(name, value)
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         if not (value := os.environ.get(name, '0')).isdecimal():
-            print(f'kofinetune: {name} is {value!r}; a launcher sets it to a number; without one, unset it', file=sys.stderr)
+            print(f'kofinetune: {name} is {value!r}; a launcher sets it to a number; '
+                  'without one, unset it', file=sys.stderr)
             raise SystemExit(2)
     if '--debug' in sys.argv: return app(prog_name='kofinetune')
     warnings.filterwarnings('ignore', category=FutureWarning)   # renamings inside peft and TRL
     numbers = [getattr(signal, name) for name in SIGNALS]
-    before = {n: signal.signal(n, _stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}   # nohup ignores SIGHUP
+    before = {n: signal.signal(n, _stop) for n in numbers
+              if signal.getsignal(n) != signal.SIG_IGN}   # nohup ignores SIGHUP
     sys.unraisablehook = _stop_again
     try: app(prog_name='kofinetune')
     except (ValueError, FileNotFoundError) as e: _fail(e, 2)
@@ -574,7 +616,9 @@ def _fail(message, code):
     who = f'process {rank()} of {world_size()}: ' if world_size() > 1 else ''
     message = ' '.join(without_secrets(str(message)).split())
     if code == 1 or not rank():
-        with suppress(OSError): print(f'kofinetune: {who}{message}', file=sys.stderr)   # closed terminal
+        with suppress(OSError):   # closed terminal
+            print(f'kofinetune: {who}{message}', file=sys.stderr)
     raise SystemExit(code)
 
-if __name__ == '__main__' and '__file__' in globals(): main()   # python -m kofinetune.cli; a notebook has no __file__
+# python -m kofinetune.cli; a notebook has no __file__
+if __name__ == '__main__' and '__file__' in globals(): main()

@@ -318,7 +318,8 @@ SOURCES = {
 def cache_dir() -> Path:
     "Say where downloads and the stand-in base are kept: `$KOFINETUNE_CACHE`, or ~/.cache/kofinetune."
     path = Path(os.environ.get('KOFINETUNE_CACHE') or Path.home()/'.cache'/'kofinetune')
-    if path.is_file(): raise ValueError(f'KOFINETUNE_CACHE is {path}, which is a file; set it to a folder')
+    if path.is_file():
+        raise ValueError(f'KOFINETUNE_CACHE is {path}, which is a file; set it to a folder')
     return path
 
 def fetch(
@@ -346,11 +347,13 @@ def _download(url, blob, path):
     try:
         pooch.retrieve(url, known_hash=None, path=part, fname=path.name, progressbar=True)
         seen = git_blob_id((part/path.name).read_bytes())
-        if seen != blob: raise ValueError(f'{url} has git blob id {seen}, not {blob}: the file was moved or altered')
+        if seen != blob:
+            raise ValueError(f'{url} has git blob id {seen}, not {blob}: '
+                             'the file was moved or altered')
         os.replace(part/path.name, path)
     except requests.RequestException as e:
-        raise RuntimeError(f'{url} could not be downloaded ({type(e).__name__}); try again with a network, '
-                           f'or download it elsewhere and put it at {path}') from None
+        raise RuntimeError(f'{url} could not be downloaded ({type(e).__name__}); try again with a '
+                           f'network, or download it elsewhere and put it at {path}') from None
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_data.ipynb #ef9770e1
@@ -847,8 +850,8 @@ class Recipe:
     def named(name: str) -> 'Recipe':  # blog, best or rehearsal
         "Get a preset."
         if name not in [*PRESETS]:
-            raise ValueError(f'there is no recipe {name!r}{nearest(name, PRESETS)}; there are {", ".join(PRESETS)}, '
-                             'and files that end in .toml or .json')
+            raise ValueError(f'there is no recipe {name!r}{nearest(name, PRESETS)}; there are '
+                             f'{", ".join(PRESETS)}, and files that end in .toml or .json')
         return Recipe(**PRESETS[name])
 
     @staticmethod
@@ -871,10 +874,12 @@ _LEAST = dict(rows=0, valid_rows=0, seed=0, lora_r=1, lora_alpha=1, max_length=8
 
 def _check_recipe(r):
     "Check the types and ranges of `r`, each field by itself and then together."
-    for f in fields(r): _check_type(f.name, getattr(r, f.name), f.type if isinstance(f.type, type) else tuple)
+    for f in fields(r):
+        _check_type(f.name, getattr(r, f.name), f.type if isinstance(f.type, type) else tuple)
     if not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name):
-        raise ValueError(f'name is {r.name!r}; it is no path: a letter or digit first, then letters, digits, spaces and '
-                         '_ . + = , @ -; where the run goes is said with --run')
+        raise ValueError(f'name is {r.name!r}; it is no path: a letter or digit first, then '
+                         'letters, digits, spaces and _ . + = , @ -; '
+                         'where the run goes is said with --run')
     for name, allowed in _CHOICES.items():
         if getattr(r, name) not in allowed:
             raise ValueError(f'{name} is {getattr(r, name)!r}; it is one of {", ".join(allowed)}')
@@ -902,10 +907,13 @@ def _check_type(name, value, kind):
     ok = isinstance(value, (int, float) if kind is float else kind)
     if not ok or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f'{name} is {value!r}; it must be {kind.__name__}')
-    if kind is float and not math.isfinite(value): raise ValueError(f'{name} is {value}; it must be a finite number')
-    if kind is int and value >= 1 << 32: raise ValueError(f'{name} is {value}; it must be less than {1 << 32}')
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f'{name} is {value}; it must be a finite number')
+    if kind is int and value >= 1 << 32:
+        raise ValueError(f'{name} is {value}; it must be less than {1 << 32}')
     for item in value if kind is tuple else ():
-        if not isinstance(item, str): raise ValueError(f'{name} holds {item!r}; all that it holds must be text')
+        if not isinstance(item, str):
+            raise ValueError(f'{name} holds {item!r}; all that it holds must be text')
 
 def _check_options(r):
     "Check the options of `r` that only make sense with others."
@@ -931,8 +939,8 @@ SURE_FLAGS = (   # right in nine of ten rows that were read
     'code_switching')
 PRESETS = {
     'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(),
-                         normalize=False, style='blog', lora_r=8, lora_alpha=8, dequantize=False, loss='whole',
-                         packing=False, lr_scheduler='linear', warmup=0.0),
+                         normalize=False, style='blog', lora_r=8, lora_alpha=8, dequantize=False,
+                         loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
     'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000, drop=SURE_FLAGS),
     'rehearsal': dict(max_length=256, epochs=4.0, batch_size=1, grad_accum=1, learning_rate=3e-3,
                       save_steps=0.2, max_new_tokens=48, num_ctx=512),
@@ -973,8 +981,10 @@ def _load_recipe(path):
     return _make_recipe(start | {'name': path.stem} | values)
 
 # %% ../nbs/00_data.ipynb #8ada8946
-STAGES = {'data': 'source', 'adapter': 'style', 'merged': 'merge', 'ollama': 'gguf', 'eval': 'eval_rows'}
-COMMANDS = {'data': 'data', 'adapter': 'train', 'merged': 'merge', 'ollama': 'export', 'eval': 'eval'}
+STAGES = {'data': 'source', 'adapter': 'style', 'merged': 'merge', 'ollama': 'gguf',
+          'eval': 'eval_rows'}
+COMMANDS = {'data': 'data', 'adapter': 'train', 'merged': 'merge', 'ollama': 'export',
+            'eval': 'eval'}
 
 def stage_fields(
     name: str,         # a key of STAGES, whose value is the first recipe field that the stage reads
@@ -993,8 +1003,8 @@ def read_manifest(
     if not path.is_file(): return {'versions': {}, 'stages': {}}
     try: return dict(versions={}) | _with_stages(json.loads(path.read_text(encoding='utf-8')))
     except (ValueError, TypeError) as e:
-        raise ValueError(f'{path} is damaged ({e}); put it back, or delete it and make every stage again with: '
-                         f'kofinetune run --run {run}') from None
+        raise ValueError(f'{path} is damaged ({e}); put it back, or delete it and make every stage '
+                         f'again with: kofinetune run --run {run}') from None
 
 def _with_stages(manifest):
     "Give back what has the shape of a manifest."
@@ -1008,11 +1018,13 @@ def check_inside(
     run = Path(run)
     for path in run.rglob('*'):
         if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
-            raise ValueError(f'{path} is a link that leads out of the run folder, to {path.readlink()}; put the file itself there')
+            raise ValueError(f'{path} is a link that leads out of the run folder, to '
+                             f'{path.readlink()}; put the file itself there')
     for name, done in read_manifest(run)['stages'].items():
         for file in done['files']:
             if not (run/name/file).resolve().is_relative_to((run/name).resolve()):
-                raise ValueError(f'{run}/manifest.json names {file!r}, which lies outside {run/name}; take it out')
+                raise ValueError(f'{run}/manifest.json names {file!r}, which lies outside '
+                                 f'{run/name}; take it out')
 
 def write_json(
     value,        # anything that json can write
@@ -1021,7 +1033,8 @@ def write_json(
     "Write `value` to `path` as indented UTF-8 JSON, through a temporary file."
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.partial')
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + '\n', encoding='utf-8', newline='\n')
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + '\n', encoding='utf-8',
+                         newline='\n')
     os.replace(temporary, path)
     return path
 
@@ -1029,7 +1042,8 @@ def file_hashes(
     folder: Path,    # a finished stage
 ) -> dict[str, str]:  # file name -> SHA-256
     "Hash every file in `folder`."
-    return {str(p.relative_to(folder)): _sha256(p) for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+    return {str(p.relative_to(folder)): _sha256(p)
+            for p in sorted(Path(folder).rglob('*')) if p.is_file()}
 
 def _sha256(path):
     "Hash a file; one that has the size and the time that it had before is not read again."
@@ -1058,17 +1072,20 @@ def run_lock(
     from filelock import FileLock, Timeout
     run = Path(run)
     try: run.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise RuntimeError(f'{run} cannot be made a folder: {e.strerror}; choose another --run') from None
+    except OSError as e:
+        raise RuntimeError(f'{run} cannot be made a folder: {e.strerror}; '
+                           'choose another --run') from None
     lock = FileLock(run/'.lock', is_singleton=True)
     try:
         lock.acquire(timeout=.2, poll_interval=.02)
         (run/'.lock').write_text(str(os.getpid()), encoding='utf-8')
     except Timeout:
-        raise RuntimeError(f'{run} is in use by another process, {working_on(run)}; wait for it, or choose another '
-                           '--run') from None
+        raise RuntimeError(f'{run} is in use by another process, {working_on(run)}; wait for it, '
+                           'or choose another --run') from None
     except OSError as e:
         lock.release(force=True)
-        raise RuntimeError(f'{run} could not be written ({e.strerror}); mend that, or choose another --run') from None
+        raise RuntimeError(f'{run} could not be written ({e.strerror}); mend that, '
+                           'or choose another --run') from None
     try: yield
     finally: lock.release()
 
@@ -1089,11 +1106,12 @@ def file_faults(
     "Compare the files of a stage with what was written."
     faults, folder, command = {}, Path(run)/name, f'kofinetune {COMMANDS[name]} --run {run} --force'
     for file, was in read_manifest(run)['stages'][name]['files'].items():
-        again = f'prove it again with: kofinetune verify {run}' if file == 'verify.json' else f'make it again with: {command}'
+        again = (f'prove it again with: kofinetune verify {run}' if file == 'verify.json' else
+                 f'make it again with: {command}')
         if not (folder/file).is_file(): faults[file] = f'{folder/file} is missing; {again}'
         elif (now := _sha256(folder/file)) != was:
-            faults[file] = (f'{folder/file} is not the file that was written (SHA-256 {now[:8]}…, recorded {was[:8]}…); '
-                            f'put that back, or {again}')
+            faults[file] = (f'{folder/file} is not the file that was written (SHA-256 {now[:8]}…, '
+                            f'recorded {was[:8]}…); put that back, or {again}')
     return faults
 
 def need(
@@ -1105,9 +1123,11 @@ def need(
     check_inside(run)
     folder = Path(run)/name
     if name not in read_manifest(run)['stages'] or not folder.is_dir():
-        raise FileNotFoundError(f'{folder} is missing; make it with: kofinetune {COMMANDS[name]} --run {run}')
+        raise FileNotFoundError(f'{folder} is missing; make it with: '
+                                f'kofinetune {COMMANDS[name]} --run {run}')
     for file, fault in file_faults(run, name).items() if whole else ():
-        if file != 'verify.json': raise (ValueError if (folder/file).is_file() else FileNotFoundError)(fault)
+        if file != 'verify.json':
+            raise (ValueError if (folder/file).is_file() else FileNotFoundError)(fault)
     return folder
 
 # %% ../nbs/00_data.ipynb #77abe868
@@ -1120,7 +1140,8 @@ def stage_inputs(
     "Say what the stage `name` is made of. Raises where a stage that it reads is missing or not what was written."
     order = list(STAGES)
     before = ['merged', 'ollama'] if name == 'eval' else order[:order.index(name)][-1:]
-    others = [e for e in order[:order.index(name)] if e not in before and (name, e) != ('ollama', 'adapter')]   # read too
+    others = [e for e in order[:order.index(name)]   # read too
+              if e not in before and (name, e) != ('ollama', 'adapter')]
     for earlier in before + others: need(run, earlier)
     manifest = read_manifest(run)
     return dict(recipe=json.loads(json.dumps({f: getattr(recipe, f) for f in stage_fields(name)})),
@@ -1128,7 +1149,8 @@ def stage_inputs(
 
 def _made_files(manifest, name):
     "List a stage's files with their hashes, but for verify.json, which every later proof writes again."
-    return {file: value for file, value in manifest['stages'][name]['files'].items() if file != 'verify.json'}
+    return {file: value for file, value in manifest['stages'][name]['files'].items()
+            if file != 'verify.json'}
 
 def stage(
     recipe: Recipe,        # what was asked
@@ -1141,8 +1163,8 @@ def stage(
 ) -> dict:                 # what `make` returned, now or when the stage was made
     "Make the stage `name` of `run` once. Raises ValueError where the folder holds another recipe's work."
     if world_size() > 1 and name != 'adapter':
-        raise ValueError(f'{name} is work for one process, and a launcher started {world_size()}; without it, run: '
-                         f'kofinetune {COMMANDS[name]} --run {run}')
+        raise ValueError(f'{name} is work for one process, and a launcher started {world_size()}; '
+                         f'without it, run: kofinetune {COMMANDS[name]} --run {run}')
     run = Path(run)
     with run_lock(run):
         check_inside(run)
@@ -1150,7 +1172,8 @@ def stage(
         manifest, inputs = read_manifest(run), stage_inputs(recipe, run, name, source)
         done = manifest['stages'].get(name)
         if done and (run/name).is_dir() and not force:
-            if done['inputs'] != inputs: raise ValueError(_difference(run/name, done['inputs'], inputs))
+            if done['inputs'] != inputs:
+                raise ValueError(_difference(run/name, done['inputs'], inputs))
             need(run, name)
             if scaffold: shutil.rmtree(run/scaffold, ignore_errors=True)
             print(f'{name}: already done, {run/name}')
@@ -1164,13 +1187,14 @@ def _make(recipe, run, name, make, manifest, inputs, scaffold):
     try:
         temporary.mkdir()
         result = make(temporary)
-        if manifest['stages'].pop(name, None): write_json(manifest, run/'manifest.json')   # vouches for nothing half replaced
+        # vouches for nothing half replaced
+        if manifest['stages'].pop(name, None): write_json(manifest, run/'manifest.json')
         if (run/name).exists(): os.replace(run/name, run/f'.{name}.old')
         os.replace(temporary, run/name)
         write_json(json.loads(json.dumps(asdict(recipe))), run/'recipe.json')
         manifest['versions'] = {p: version(p) for p in VERSIONED}
-        manifest['stages'][name] = dict(inputs=inputs, files=file_hashes(run/name), result=result, finished=_now(),
-                                        seconds=round(time.monotonic() - start, 1))
+        manifest['stages'][name] = dict(inputs=inputs, files=file_hashes(run/name), result=result,
+                                        finished=_now(), seconds=round(time.monotonic() - start, 1))
         write_json(manifest, run/'manifest.json')
     except BaseException as e:
         trouble = _trouble(e, run, name, manifest, scaffold)
@@ -1183,7 +1207,8 @@ def _make(recipe, run, name, make, manifest, inputs, scaffold):
     note(run, f'{name}: done in {manifest["stages"][name]["seconds"]} s')
     return result
 
-VERSIONED = ('kofinetune', 'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes', 'accelerate', 'trl', 'gguf')
+VERSIONED = ('kofinetune', 'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes',
+             'accelerate', 'trl', 'gguf')
 
 def _difference(folder, old, new):
     "Name the first recipe field that differs between two inputs of a stage."
@@ -1226,29 +1251,37 @@ def sweep(
             else:
                 with suppress(OSError): path.unlink()
 
-FULL, READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EROFS, errno.EACCES, errno.EPERM)
+FULL, READ_ONLY = ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+                   (errno.EROFS, errno.EACCES, errno.EPERM))
 
 def _trouble(error, run, name, manifest, scaffold):
     "Say in one line what the disk did, or what a signal left; empty where `error` says all."
     if not isinstance(error, Exception):
-        saved = sorted((run/scaffold).glob('checkpoint-*/sealed.json'), key=lambda p: int(p.parent.name[11:])) if scaffold else []
+        saved = sorted((run/scaffold).glob('checkpoint-*/sealed.json'),
+                       key=lambda p: int(p.parent.name[11:])) if scaffold else []
         kept = [n for n in STAGES if n in manifest['stages']] + [p.parent.name for p in saved[-1:]]
         error.add_note(f'{name} was being made; kept in {run}: {", ".join(kept) or "nothing yet"}')
         return error.__notes__[-1]
     before = list(STAGES)[:list(STAGES).index(name)]
     gone = [p for p in (run/f'.{name}.partial', *(run/n for n in before)) if not p.is_dir()]
-    if gone and not (run/name).is_dir(): return f'{gone[0]} vanished while {name} was made; go on with: kofinetune run --run {run}'
+    if gone and not (run/name).is_dir():
+        return (f'{gone[0]} vanished while {name} was made; go on with: '
+                f'kofinetune run --run {run}')
     why, place = _os_error(error)
-    if why in FULL: return (f'{run/name} could not be written ({os.strerror(why)}); {shutil.disk_usage(run).free:,} bytes are '
-                            f'free there{_file_limit()}. Make room, then run the same command again')
+    if why in FULL:
+        return (f'{run/name} could not be written ({os.strerror(why)}); '
+                f'{shutil.disk_usage(run).free:,} bytes are free there{_file_limit()}. '
+                'Make room, then run the same command again')
     if why in READ_ONLY and run.resolve() in Path(place or run/name).resolve().parents:
-        return f'{run/name} could not be written ({os.strerror(why)}); mend that, then run the same command again'
+        return (f'{run/name} could not be written ({os.strerror(why)}); mend that, '
+                'then run the same command again')
 
 def _file_limit():
     "Say how large a file may be here, where there is such a limit."
     import resource
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return '' if limit == resource.RLIM_INFINITY else f', and no file may have more than {limit:,} (ulimit -f)'
+    return '' if limit == resource.RLIM_INFINITY else (
+        f', and no file may have more than {limit:,} (ulimit -f)')
 
 def _os_error(error):
     "Find the system's number and the path in what an error came from; Rust gives the number in a text, numpy none."
@@ -1363,7 +1396,8 @@ def _workers_end_with_us():
     "Let Linux end the processes that are forked in the block when this one is killed: they would wait for work for ever."
     import ctypes
     prctl, on = getattr(ctypes.CDLL(None), 'prctl', None), [True]
-    if prctl: os.register_at_fork(after_in_child=lambda: on and prctl(1, signal.SIGKILL))   # 1: PR_SET_PDEATHSIG
+    if prctl:   # 1: PR_SET_PDEATHSIG
+        os.register_at_fork(after_in_child=lambda: on and prctl(1, signal.SIGKILL))
     try: yield
     finally: on.clear()
 

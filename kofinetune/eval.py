@@ -739,9 +739,11 @@ def judge_key(
     import httpx
     key, url = os.environ.get('OPENAI_API_KEY'), httpx.URL(base_url)
     if key and not re.fullmatch('[!-~]+', key):
-        raise ValueError('OPENAI_API_KEY has a space, a line end or a letter that no header can carry; set it again')
+        raise ValueError('OPENAI_API_KEY has a space, a line end or a letter that no header can '
+                         'carry; set it again')
     if key and url.scheme != 'https' and not is_loopback(url.host):
-        raise ValueError(f'{base_url} is not https, and OPENAI_API_KEY would be sent in the open; unset the key, or use https')
+        raise ValueError(f'{base_url} is not https, and OPENAI_API_KEY would be sent in the open; '
+                         'unset the key, or use https')
     return key
 
 def ask_judge(

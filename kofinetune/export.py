@@ -52,7 +52,8 @@ def _read_json(path):
     "Read a file of the merged folder."
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e:
-        raise ValueError(f'{path} cannot be read ({e}); make it again with: kofinetune merge --force') from None
+        raise ValueError(f'{path} cannot be read ({e}); '
+                         'make it again with: kofinetune merge --force') from None
 
 # %% ../nbs/03_ollama_export.ipynb #7266c6f4
 def token_scores(
@@ -658,10 +659,12 @@ def server_url(
     said = host or os.environ.get('OLLAMA_HOST', '')
     try: url = ollama.Client(host=host)._client.base_url
     except (ValueError, httpx.InvalidURL) as e:
-        raise ValueError(f'OLLAMA_HOST is {said!r} ({e}); write host:port, such as 127.0.0.1:11434') from None
+        raise ValueError(f'OLLAMA_HOST is {said!r} ({e}); '
+                         'write host:port, such as 127.0.0.1:11434') from None
     if not (is_loopback(url.host) or os.environ.get('KOFINETUNE_REMOTE_OLLAMA') == '1'):
-        raise ValueError(f'OLLAMA_HOST names {url.host}, another machine: rows and model would leave this one. '
-                         'Allow it with KOFINETUNE_REMOTE_OLLAMA=1, or unset OLLAMA_HOST')
+        raise ValueError(f'OLLAMA_HOST names {url.host}, another machine: rows and model would '
+                         'leave this one. Allow it with KOFINETUNE_REMOTE_OLLAMA=1, '
+                         'or unset OLLAMA_HOST')
     return str(url).rstrip('/')
 
 def is_loopback(
@@ -695,14 +698,18 @@ def ollama_client(
     server, again = f'Ollama at {server_url(host)}', 'then run the same command again'
     try: yield ollama.Client(host=host, timeout=PATIENCE)
     except httpx.TimeoutException:
-        raise RuntimeError(f'{server} said nothing for {PATIENCE} s while {doing}; start it again with: ollama serve, {again}') from None
+        raise RuntimeError(f'{server} said nothing for {PATIENCE} s while {doing}; '
+                           f'start it again with: ollama serve, {again}') from None
     except ollama.ResponseError as e:
         status = f' {e.status_code}' if e.status_code > 0 else ''
-        raise RuntimeError(f'{server} answers{status} while {doing}: {e.error}; see what it printed, {again}') from None
+        raise RuntimeError(f'{server} answers{status} while {doing}: {e.error}; '
+                           f'see what it printed, {again}') from None
     except httpx.HTTPStatusError as e:
-        raise RuntimeError(f'{server} answers {e.response.status_code} while {doing}; see what it printed, {again}') from None
+        raise RuntimeError(f'{server} answers {e.response.status_code} while {doing}; '
+                           f'see what it printed, {again}') from None
     except (httpx.HTTPError, ConnectionError, json.JSONDecodeError) as e:
-        raise RuntimeError(f'{server} broke off while {doing} ({type(e).__name__}); start it again with: ollama serve, {again}') from None
+        raise RuntimeError(f'{server} broke off while {doing} ({type(e).__name__}); '
+                           f'start it again with: ollama serve, {again}') from None
 
 def list_models(
     host: str | None = None,
@@ -720,7 +727,8 @@ def named_file(
     path = Path(folder)/name
     if path.parent.resolve() != Path(folder).resolve() or path.suffix != '.gguf':
         raise ValueError(f'{folder}/Modelfile: FROM {name!r}; it must name a .gguf file beside it')
-    if not path.is_file(): raise FileNotFoundError(f'{path} is missing; make it with: kofinetune export')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; make it with: kofinetune export')
     return path
 
 def create_model(
@@ -749,7 +757,8 @@ def create_model(
         for step in client.create(name, stream=True, **said):
             bar.set_description(f'{path.name}: {step.status.split(" sha256")[0]}')
     if step.status != 'success':
-        raise RuntimeError(f'Ollama at {url} stopped at {step.status!r} while it made {name}; run the same command again')
+        raise RuntimeError(f'Ollama at {url} stopped at {step.status!r} while it made {name}; '
+                           'run the same command again')
     return next(m for m in list_models(host) if m['name'] == name)
 
 def _chunks(path, bar, size=1 << 20):
@@ -767,7 +776,8 @@ def compare_texts(
     "Compare the prompts that Ollama renders, by generate and by chat, with `format_prompt`."
     import httpx
     wrong = []
-    with ollama_client('rendering prompts', host), httpx.Client(base_url=server_url(host), timeout=PATIENCE) as server:
+    with (ollama_client('rendering prompts', host),
+          httpx.Client(base_url=server_url(host), timeout=PATIENCE) as server):
         for row in rows:
             asked = {'/api/generate': _question(row), '/api/chat': dict(messages=_messages(row))}
             texts = {_ask(server, path, name, _debug_render_only=True, **request)['_debug_info'][
@@ -789,8 +799,8 @@ def _ask(server, path, model, **request):
     response = server.post(path, json=dict(model=model, stream=False, **request))
     made = response.json()
     if 'error' in made:
-        raise RuntimeError(f"Ollama answers {response.status_code}: {made['error']}; see what it printed, "
-                           'then run the same command again')
+        raise RuntimeError(f"Ollama answers {response.status_code}: {made['error']}; "
+                           'see what it printed, then run the same command again')
     return made
 
 # %% ../nbs/03_ollama_export.ipynb #3510bf40
@@ -814,13 +824,15 @@ def verify_ollama(
     wanted, pieces = tok(prompts)['input_ids'], _pieces(tok)
     options = dict(num_ctx=max(map(len, wanted)) + max_new_tokens + 8, temperature=0,
                    repeat_penalty=1, stop=[])
-    with ollama_client('answering', host), httpx.Client(base_url=server_url(host), timeout=PATIENCE) as server:
+    with (ollama_client('answering', host),
+          httpx.Client(base_url=server_url(host), timeout=PATIENCE) as server):
         def ask(row, length):
             made = _ask(server, '/api/generate', name, logprobs=True, top_logprobs=5,
                         options=options | dict(num_predict=length), **_question(row))
             if not made['done']:
-                raise RuntimeError(f'Ollama at {server_url(host)} broke off an answer (done: false) to '
-                                   f'{row["instruction"]!r:.60}; see what it printed, then run the same command again')
+                raise RuntimeError(f'Ollama at {server_url(host)} broke off an answer '
+                                   f'(done: false) to {row["instruction"]!r:.60}; '
+                                   'see what it printed, then run the same command again')
             return made
         said = [ask(row, max_new_tokens if i < len(reference) else 1) for i, row in enumerate(rows)]
     seen = [_evaluated(tok, *one) for one in zip(prompts, wanted, said)]
@@ -936,7 +948,8 @@ def _prove_files(recipe, run, folder, name):
         found = file['different'][:1] + proof_failures(proof, dtype, own)
         failed += [f'{path.name} is not the merged model: {"; ".join(found)}'] * bool(found)
         proofs[dtype] = dict(file=file) | proof
-        note(run, f'ollama: {path.name} {"FAILED: " + found[0] if found else "proved on llama.cpp"}')
+        note(run, f'ollama: {path.name} '
+                  f'{"FAILED: " + found[0] if found else "proved on llama.cpp"}')
     text = dict(checked=0, skipped=f'no Ollama server answered at {server_url()}')
     kept = {dtype: {part: proof[part] for part in PARTS if part != 'text'}
             for dtype, proof in proofs.items()}
@@ -976,7 +989,8 @@ def _register(recipe, run, result):
         _stop_at(proof['failed'])
         with ollama_client(f'naming {name}') as client: client.copy(candidate, name)
     except BaseException:
-        with suppress(RuntimeError), ollama_client(f'deleting {candidate}') as client: client.delete(candidate)
+        with suppress(RuntimeError), ollama_client(f'deleting {candidate}') as client:
+            client.delete(candidate)
         raise
     with ollama_client(f'deleting {candidate}') as client: client.delete(candidate)
     print(f'registered {name}; ask it with: ollama run {name.removesuffix(":latest")}')
@@ -1017,7 +1031,8 @@ def verify_run(
     run: Path,  # a run that `export_ollama` has finished
 ) -> dict:      # what verify.json says now; `failed` lists what does not hold
     "Prove a run's files and the model that Ollama serves under its name again; writes verify.json."
-    run, folder = Path(run), need(run, 'ollama', whole=False)   # a file that has changed is a proof that fails
+    # a file that has changed is a proof that fails
+    run, folder = Path(run), need(run, 'ollama', whole=False)
     written = read_manifest(run)['stages']['ollama']
     result, hashes = written['result'], file_hashes(folder)
     changed = [name for name, digest in written['files'].items()

@@ -30,9 +30,11 @@ def merge_into(
             raise FileNotFoundError(f'{Path(adapter)/file} is missing; '
                                     'train again with: kofinetune train --force')
     try: model = PeftModel.from_pretrained(base, adapter)
-    except SafetensorError as e: raise ValueError(f'{adapter}/adapter_model.safetensors is cut short or damaged ({e}); '
-                                                  'train again with: kofinetune train --force') from None
-    except (RuntimeError, ValueError, KeyError) as e: raise ValueError(_misfit(adapter, str(e))) from None
+    except SafetensorError as e:
+        raise ValueError(f'{adapter}/adapter_model.safetensors is cut short or damaged ({e}); '
+                         'train again with: kofinetune train --force') from None
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise ValueError(_misfit(adapter, str(e))) from None
     with safe_open(Path(adapter)/'adapter_model.safetensors', 'pt') as f: held = set(f.keys())
     taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for key in sorted(held ^ taken):

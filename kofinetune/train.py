@@ -19,7 +19,8 @@ from .data import (GEMMA, Recipe, _difference, file_hashes, format_answer, forma
                              write_json, write_jsonl)
 from .rehearsal import base_path
 
-logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)   # it misses a kernel that is not used here
+# it misses a kernel that is not used here
+logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)
 
 # %% ../nbs/01_qlora_train.ipynb #26a0aee2
 def pick_device(
@@ -49,9 +50,12 @@ def load_tokenizer(
 ):
     "Load the tokenizer of the recipe's base."
     from transformers import AutoTokenizer
-    folder, files = Path(base_path(recipe.base)), ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
-    if folder.is_dir() and not any((folder/file).is_file() for file in files):   # transformers would make an empty one
-        raise FileNotFoundError(f'base {recipe.base!r} has no tokenizer; copy {files[0]} and tokenizer_config.json into {folder}')
+    folder, files = Path(base_path(recipe.base)), ('tokenizer.json', 'tokenizer.model',
+                                                   'vocab.json', 'vocab.txt')
+    # transformers would make an empty one
+    if folder.is_dir() and not any((folder/file).is_file() for file in files):
+        raise FileNotFoundError(f'base {recipe.base!r} has no tokenizer; copy {files[0]} and '
+                                f'tokenizer_config.json into {folder}')
     return _from_hub(AutoTokenizer, recipe)
 
 def load_base(
@@ -92,23 +96,26 @@ def _from_hub(auto_class, recipe, path=None, **options):
         return auto_class.from_pretrained(path, revision=recipe.revision or 'main',
                                           trust_remote_code=False, **options)
     except (OSError, httpx2.HTTPError) as e:
-        raise RuntimeError(f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); ' + (
+        raise RuntimeError(
+            f'base {recipe.base!r} could not be loaded ({str(e).splitlines()[0]}); ' + (
             'a folder holds config.json, *.safetensors and the files of the tokenizer'
             if Path(path).is_dir() else
             'if the network failed, run the same command again: it goes on where it broke off. If '
             f'the base is gated, accept its licence at https://huggingface.co/{recipe.base} and '
             'run: hf auth login. Without an account: --set base=rehearsal')) from None
     except SafetensorError as e:
-        raise RuntimeError(f'base {recipe.base!r} could not be loaded ({e}): a .safetensors file of it is cut short or damaged; '
-                           'get it again') from None
+        raise RuntimeError(f'base {recipe.base!r} could not be loaded ({e}): a .safetensors file '
+                           'of it is cut short or damaged; get it again') from None
     except (ValueError, RuntimeError) as e: raise type(e)(_why_not(recipe, str(e))) from None
 
 def _why_not(recipe, said):
     "Say in one line why transformers will not take a base."
     if 'trust_remote_code' in said:
-        return (f'base {recipe.base!r} comes with code of its own (auto_map in its configuration), and such code is never run '
-                'here; choose a base whose architecture is part of transformers')
-    if 'ignore_mismatched_sizes' in said: said = 'its weights have other sizes than its config.json says'
+        return (f'base {recipe.base!r} comes with code of its own (auto_map in its configuration), '
+                'and such code is never run here; '
+                'choose a base whose architecture is part of transformers')
+    if 'ignore_mismatched_sizes' in said:
+        said = 'its weights have other sizes than its config.json says'
     return f'base {recipe.base!r} could not be loaded: {" ".join(said.split())[:250]}'
 
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
@@ -119,8 +126,9 @@ def check_base(
     "Raise ValueError for a name of the Hub without a commit, and for a folder whose weights are pickles."
     folder, commit = Path(recipe.base), re.fullmatch('[0-9a-f]{40}', recipe.revision)
     if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', recipe.base) and not folder.exists() and not commit:
-        raise ValueError(f'base {recipe.base!r} has revision {recipe.revision!r}, and what that names can change; set revision to a '
-                         f'commit of https://huggingface.co/{recipe.base}/commits/main' + (
+        raise ValueError(f'base {recipe.base!r} has revision {recipe.revision!r}, and what that '
+                         'names can change; set revision to a commit of '
+                         f'https://huggingface.co/{recipe.base}/commits/main' + (
                          f', such as {GEMMA["revision"]}' if recipe.base == GEMMA['base'] else ''))
     if folder.is_dir(): refuse_pickles(folder, f'base {recipe.base!r}')
     return recipe
@@ -132,8 +140,8 @@ def refuse_pickles(
     "Raise ValueError where the weights are a pickle, which can run code when it is read."
     found = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if found and not any(folder.glob('*.safetensors')):
-        raise ValueError(f'{what} holds its weights as a pickle, {found[0]}, which can run code when it is read; '
-                         'get it as .safetensors')
+        raise ValueError(f'{what} holds its weights as a pickle, {found[0]}, which can run code '
+                         'when it is read; get it as .safetensors')
 
 # %% ../nbs/01_qlora_train.ipynb #fc063f88
 def encode(
@@ -189,7 +197,8 @@ def add_lora(
     try: tuned = get_peft_model(model, config)
     except ValueError as e:
         raise ValueError(f'target_modules is {", ".join(targets)}, which does not fit base '
-                         f'{recipe.base!r} ({str(e)[:150]}); all-linear takes every matrix') from None
+                         f'{recipe.base!r} ({str(e)[:150]}); '
+                         'all-linear takes every matrix') from None
     head = tuned.get_output_embeddings()
     if recipe.trainable_token_indices: head.bias = None   # TRL asks for it; peft's wrapper has none
     return tuned
