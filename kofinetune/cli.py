@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'DebugOption', 'RunArgument', 'SHOWN', 'WHAT',
-           'MEASURES', 'LICENCES', 'SIGNALS', 'parse_setting', 'resolve', 'stage_function', 'run_all', 'summary_rows',
-           'summary', 'run_state', 'show', 'follow_log', 'estimate_command', 'ask', 'verify', 'compare', 'push_files',
-           'metrics_table', 'card_data', 'how_to_run', 'model_card', 'push_run', 'hub_trouble', 'push', 'Interrupted',
-           'main']
+           'MEASURES', 'LICENCES', 'SIGNALS', 'STOPPED', 'parse_setting', 'resolve', 'stage_function', 'run_all',
+           'summary_rows', 'summary', 'run_state', 'show', 'follow_log', 'estimate_command', 'ask', 'verify', 'compare',
+           'push_files', 'metrics_table', 'card_data', 'how_to_run', 'model_card', 'push_run', 'hub_trouble', 'push',
+           'Interrupted', 'main']
 
 # %% ../nbs/b_cli.ipynb #c172d078
 import json, os, re, shlex, signal, sys, time, warnings
@@ -570,10 +570,13 @@ class Interrupted(BaseException):
 SIGNALS = dict(SIGINT='interrupted', SIGTERM='asked to stop (SIGTERM)',
                SIGHUP='stopped, for the terminal was closed (SIGHUP)')
 
+STOPPED = []   # what the signals of this process asked for
+
 def _stop(number, frame):
     "Leave what is going on, once; the same signal again ends the process at once."
     signal.signal(number, signal.SIG_DFL)
-    raise Interrupted(SIGNALS[signal.Signals(number).name])
+    STOPPED.append(SIGNALS[signal.Signals(number).name])
+    raise Interrupted(STOPPED[-1])
 
 def _stop_again(unraisable):
     "An exception in a destructor is dropped by Python: raise this one again, in a moment and elsewhere."
@@ -599,17 +602,23 @@ def main():
               if signal.getsignal(n) != signal.SIG_IGN}   # nohup ignores SIGHUP
     sys.unraisablehook = _stop_again
     try: app(prog_name='kofinetune')
-    except (ValueError, FileNotFoundError) as e: _fail(e, 2)
-    except Interrupted as e:
-        if rank(): raise SystemExit(1) from None
-        _fail('; '.join([str(e), *getattr(e, '__notes__', ())])
-              + f'; go on with: kofinetune {shlex.join(sys.argv[1:])}', 1)
-    except Exception as e:
-        known = isinstance(e, (RuntimeError, OSError))
-        _fail(e if known else f'{type(e).__name__}: {e}', 1)
+    except (Exception, Interrupted) as e: _explain(e)
     finally:
+        STOPPED.clear()
         sys.unraisablehook = sys.__unraisablehook__
         for number, handler in before.items(): signal.signal(number, handler)
+
+def _explain(error):
+    "Say in one line what ended the command, and exit."
+    if STOPPED and not isinstance(error, Interrupted):   # C code has put its own error in the place
+        error = Interrupted(STOPPED[-1])
+    if isinstance(error, Interrupted):
+        if rank(): raise SystemExit(1) from None
+        _fail('; '.join([str(error), *getattr(error, '__notes__', ())])
+              + f'; go on with: kofinetune {shlex.join(sys.argv[1:])}', 1)
+    if isinstance(error, (ValueError, FileNotFoundError)): _fail(error, 2)
+    known = isinstance(error, (RuntimeError, OSError))
+    _fail(error if known else f'{type(error).__name__}: {error}', 1)
 
 def _fail(message, code):
     "Print one line and exit. Of several processes, the first speaks for all where the request was wrong."

@@ -1263,7 +1263,10 @@ def _trouble(error, run, name, manifest, scaffold):
         error.add_note(f'{name} was being made; kept in {run}: {", ".join(kept) or "nothing yet"}')
         return error.__notes__[-1]
     before = list(STAGES)[:list(STAGES).index(name)]
-    gone = [p for p in (run/f'.{name}.partial', *(run/n for n in before)) if not p.is_dir()]
+    partial = run/f'.{name}.partial'
+    gone = [p for p in (partial, *(run/n for n in before)) if not p.is_dir()]
+    if isinstance(error, FileNotFoundError) and str(error.filename).startswith(str(partial)):
+        gone.append(error.filename)   # a library has made the folder anew, and it is empty
     if gone and not (run/name).is_dir():
         return (f'{gone[0]} vanished while {name} was made; go on with: '
                 f'kofinetune run --run {run}')

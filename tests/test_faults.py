@@ -278,3 +278,37 @@ def test_an_answer_that_is_not_done_is_no_answer(server, rehearsal_run):
     rows = read_jsonl(rehearsal_run/'data'/'valid.jsonl')[:1]
     with pytest.raises(RuntimeError, match=r'broke off an answer \(done: false\) to .*; see what it printed, then run the same command again'):
         export.verify_ollama('m', rehearsal_run/'merged', rows, reference=[{}])
+
+
+def test_a_folder_that_a_library_made_anew_has_vanished_all_the_same(tmp_path):
+    "save_pretrained makes its folder, and the folders above it; what the stage had in it before is gone."
+    run = tmp_path/'run'
+    prepare(SMALL, run)
+
+    def make(folder):
+        (folder/'16-bit').mkdir()
+        shutil.move(folder, tmp_path/'elsewhere')
+        (folder/'16-bit').mkdir(parents=True)
+        (folder/'16-bit'/'config.json').read_text()
+
+    with pytest.raises(RuntimeError, match=r'16-bit/config.json vanished while adapter was made; go on with: kofinetune run'):
+        stage(SMALL, run, 'adapter', make)
+    assert not list(run.glob('.*.partial'))
+
+
+def test_a_signal_that_a_library_answers_with_an_error_of_its_own_is_still_said(monkeypatch, capsys):
+    "torch's C code does: `could not determine the shape of object type 'torch.storage.UntypedStorage'`."
+    from kofinetune import cli
+
+    def app(prog_name):
+        try: os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+        except BaseException: raise TypeError('could not determine the shape') from None
+
+    monkeypatch.setattr(cli, 'app', app)
+    monkeypatch.setattr(sys, 'argv', ['kofinetune', 'export'])
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended: cli.main()
+        assert ended.value.code == 1 and capsys.readouterr().err == 'kofinetune: interrupted; go on with: kofinetune export\n'
+    monkeypatch.setattr(cli, 'app', lambda prog_name: int('x'))      # and is forgotten by the next command
+    with pytest.raises(SystemExit) as ended: cli.main()
+    assert ended.value.code == 2 and "invalid literal" in capsys.readouterr().err
