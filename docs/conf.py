@@ -24,6 +24,8 @@ exclude_patterns = ['.ipynb_checkpoints', '_*']
 source_suffix = {'.ipynb': 'myst-nb', '.md': 'myst-nb'}
 nb_execution_mode = 'off'                # the outputs are stored in the notebooks
 nb_render_markdown_format = 'gfm'        # tables in outputs too
+nb_merge_streams = True                  # what several prints of a cell said is one box
+smartquotes = False                      # 'blog' is a value, and stays one
 myst_enable_extensions = ['colon_fence', 'attrs_block']
 myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
@@ -37,6 +39,7 @@ gettext_location = False                 # no line numbers, so that a diff shows
 templates_path = [str(docs/'templates')]
 
 html_baseurl = site + ('ko/' if language == 'ko' else '')
+if language == 'ko': nb_code_prompt_show, nb_code_prompt_hide = '코드 보기', '코드 숨기기'
 html_theme = 'sphinx_book_theme'
 html_title = project
 html_static_path = [str(docs/'static')]
@@ -48,6 +51,8 @@ html_theme_options = {
     'repository_url': settings['git_url'], 'use_repository_button': True, 'use_download_button': False,
     'use_fullscreen_button': False, 'show_toc_level': 2, 'home_page_in_toc': True,
     'navbar_persistent': [], 'article_header_end': ['language.html', 'article-header-buttons.html'],
+    'footer_content_items': ['copyright.html'], 'toc_title': '목차' if language == 'ko' else 'Contents',
+    'search_bar_text': '검색어 입력' if language == 'ko' else 'Search',
     'pygments_light_style': 'a11y-high-contrast-light', 'pygments_dark_style': 'a11y-high-contrast-dark'}
 ogp_site_url, ogp_site_name, ogp_image = html_baseurl, project, f'{site}_static/card.png'
 ogp_social_cards, ogp_enable_meta_description = {'enable': False}, True

@@ -410,7 +410,7 @@ def has_hangul(
     text: str,
 ) -> bool:
     "Say whether `text` has a Hangul syllable or letter."
-    return any('가' <= c <= '힣' or 'ㄱ' <= c <= 'ㆎ' or 'ᄀ' <= c <= 'ᇿ' for c in text)
+    return any('가' <= c <= '힣' or 'ㄱ' <= c <= 'ㆎ' or '\u1100' <= c <= '\u11ff' for c in text)
 
 def empty_answer(row: dict) -> bool:
     "Find an answer with nothing in it."
@@ -847,7 +847,9 @@ class Recipe:
     def __post_init__(self): _check_recipe(self)
 
     @staticmethod
-    def named(name: str) -> 'Recipe':  # blog, best or rehearsal
+    def named(
+        name: str,   # blog, best or rehearsal
+    ) -> 'Recipe':
         "Get a preset."
         if name not in [*PRESETS]:
             raise ValueError(f'there is no recipe {name!r}{nearest(name, PRESETS)}; there are '
@@ -855,7 +857,9 @@ class Recipe:
         return Recipe(**PRESETS[name])
 
     @staticmethod
-    def load(path: Path) -> 'Recipe':  # a .toml or .json file of fields
+    def load(
+        path: Path,  # a .toml or .json file of fields
+    ) -> 'Recipe':
         "Read a recipe from a file; `extends = 'best'` in it starts from that preset."
         return _load_recipe(Path(path))
 

@@ -171,10 +171,11 @@ def show_mask(
     from IPython.display import HTML
     spans = []
     for token, label in zip(example['input_ids'], example['labels']):
-        text = escape(tok.decode([token])).replace('\n', '⏎<br>')
+        text = tok.decode([token])
+        ends, text = '<br>' * text.count('\n'), escape(text).replace('\n', '⏎')
         colour = ('#1b5e20', '#c8e6c9') if label != -100 else ('#424242', '#eeeeee')
         spans.append(f'<span style="color:{colour[0]};background:{colour[1]};padding:1px 2px;'
-                     f'margin:1px;border-radius:3px;display:inline-block">{text}</span>')
+                     f'margin:1px;border-radius:3px;display:inline-block">{text}</span>{ends}')
     return HTML(f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>')
 
 # %% ../nbs/01_qlora_train.ipynb #44b83096

@@ -1,6 +1,7 @@
 "Notebooks as Sphinx reads them: nbdev's own processors first, then Quarto's conventions become MyST's."
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -21,6 +22,9 @@ TAGS = {('echo:', 'false'): 'remove-input', ('output:', 'false'): 'remove-output
 FILE_LINK = re.compile(r'\[([^\]]+)\]\((?!https?:)[^)]*\)')   # in what a cell printed: to a file of its run
 
 
+SHOWN = re.compile(r'^show_doc\(([\w.]+)', re.M)
+
+
 def read_notebook(app, docname, source):
     "Turn the notebook that Sphinx has just read into MyST's dialect."
     path = Path(app.env.doc2path(docname))
@@ -29,7 +33,7 @@ def read_notebook(app, docname, source):
     notebook.path_ = path
     NBProcessor(nb=notebook, procs=PROCESSORS).process()
     cells, heading = [], ''
-    for cell in notebook.cells:
+    for cell in together(notebook.cells):
         if cell.cell_type == 'markdown': heading = next(iter(re.findall('^#+ (.+)$', cell.source, re.M)[::-1]), heading)
         cells.append(convert(cell, heading, catalogue(app.config.language, docname)))
     if app.builder.name == 'gettext': cells += [markdown(alt) for cell in notebook.cells if (alt := described(cell))]
@@ -38,11 +42,19 @@ def read_notebook(app, docname, source):
     source[0] = json.dumps(dict(cells=cells, metadata=json.loads(source[0])['metadata'], nbformat=4, nbformat_minor=5))
 
 
+def together(cells):
+    "One cell for the `show_doc`s that nbdev puts below a cell, in the order in which the names are defined."
+    for shown, group in groupby(cells, lambda cell: cell.cell_type == 'code' and bool(SHOWN.match(cell.source))):
+        group = list(group)
+        if shown: group[0].source = '\n'.join(cell.source for cell in group[::-1])
+        yield from group[:1] if shown else group
+
+
 def convert(cell, heading, messages):
     "A cell as nbdev left it, as MyST-NB wants it."
     if cell.cell_type == 'raw': return markdown(front_matter(yaml.safe_load(cell.source.strip().strip('-'))))
     if cell.cell_type == 'markdown': return markdown(to_myst(cell.source))
-    if shown := re.match(r'show_doc\(([\w.]+)', cell.source): return markdown(f'```{{shown}} {shown[1]}\n```')
+    if shown := SHOWN.findall(cell.source): return markdown(f'```{{shown}} {" ".join(shown)}\n```')
     return code(cell, described(cell) or heading, messages)
 
 

@@ -56,21 +56,41 @@ def methods(symbol):
 
 
 def signature(name, symbol):
-    "How to call it, as its source spells it."
-    node = ast.parse(textwrap.dedent(inspect.getsource(symbol))).body[0]
+    "How to call it, as its source spells it, without what only the command line wants to know."
+    node = definition(symbol)
     if isinstance(node, ast.ClassDef): return name
+    for argument in node.args.args + node.args.kwonlyargs:
+        kind = argument.annotation
+        if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == 'Annotated': argument.annotation = kind.slice.elts[0]
     return f'{name}({ast.unparse(node.args)})' + (f' -> {ast.unparse(node.returns)}' if node.returns else '')
 
 
+def definition(symbol): return ast.parse(textwrap.dedent(inspect.getsource(symbol))).body[0]
+
+
 def parameters(symbol):
-    "The table of its parameters, from the comments beside them."
-    rows = []
+    "The table of its parameters, from the comments beside them; those of one line share its comment."
+    node, rows, before = definition(symbol), [], []
+    lines = {} if isinstance(node, ast.ClassDef) else {a.arg: a.lineno for a in node.args.args + node.args.kwonlyargs}
     for name, about in docments(symbol, full=True).items():
-        if not about['docment']: continue
-        kind = '' if about['anno'] is EMPTY else literal(inspect.formatannotation(about['anno']))
-        default = '' if about.get('default', EMPTY) is EMPTY else literal(repr(about['default']))
-        rows.append(f'| {literal(name) if name != "return" else "returns"} | {kind} | {default} | {comment(about["docment"])} |')
-    return ['| parameter | type | default | what it is |', '|---|---|---|---|', *rows, ''] if rows else []
+        if name in ('self', 'cls', 'args', 'kwargs'): continue
+        before.append((name, about))
+        if not about['docment'] and lines.get(name): continue
+        shared = [pair for pair in before if lines.get(pair[0]) == lines.get(name)]
+        rows += [row([pair], '') for pair in before if pair not in shared]
+        if about['docment']: rows.append(row(shared, about['docment']))
+        before = []
+    rows += [row([pair], '') for pair in before]
+    if not any(about['docment'] for about in docments(symbol, full=True).values()): return []
+    return ['| parameter | type | default | what it is |', '|---|---|---|---|', *rows, '']
+
+
+def row(parameters, text):
+    "One line of that table."
+    names = ', '.join(literal(name) if name != 'return' else 'returns' for name, _ in parameters)
+    kinds = [literal(inspect.formatannotation(about['anno'])) for _, about in parameters if about['anno'] not in (EMPTY, type(None))]
+    defaults = [literal(repr(about['default'])) for _, about in parameters if about.get('default', EMPTY) is not EMPTY]
+    return f'| {names} | {", ".join(dict.fromkeys(kinds))} | {", ".join(defaults)} | {comment(text)} |'
 
 
 def literal(text): return '`' + ' '.join(text.split()).replace('|', '\\|') + '`'
@@ -137,12 +157,13 @@ def plain_markdown(text, docname, messages):
 
 
 class Shown(Directive):
-    "Stands for `show_doc(name)`: a line with the link to the name's reference."
-    required_arguments = 1
+    "Stands for each `show_doc(name)` below a cell: a line with the links to the names' reference."
+    required_arguments, final_argument_whitespace = 1, True
 
     def run(self):
-        name = nodes.literal(self.arguments[0], self.arguments[0])
-        return [nodes.paragraph(name.rawsource, '', name, classes=['shown'], translatable=False)]
+        line = nodes.paragraph(self.arguments[0], '', classes=['shown'], translatable=False)
+        for name in self.arguments[0].split(): line += [nodes.literal(name, name), nodes.Text(' ')]
+        return [line]
 
 
 class LinkSymbols(SphinxPostTransform):
@@ -153,6 +174,8 @@ class LinkSymbols(SphinxPostTransform):
         own = {notebook: name for name, notebook in modules().items()}.get(self.env.docname)
         for node in list(self.document.findall(nodes.literal)):
             if isinstance(node.parent, (nodes.reference, pending_xref, nodes.title)): continue
+            cell = node.parent.parent
+            if self.env.docname.startswith('api/') and isinstance(cell, nodes.entry) and not cell.parent.index(cell): continue   # a parameter
             name = re.sub(r'\(.*\)$', '', node.astext()).removeprefix(f'{PACKAGE}.')
             places = [own, *modules()] if own else list(modules())
             target = next((full for full in (f'{PACKAGE}.{name}', *(f'{PACKAGE}.{m}.{name}' for m in places)) if full in full_names()), None)
