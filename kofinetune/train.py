@@ -665,6 +665,7 @@ def finetune(
         trainable = count_trainable(model)
         log, metrics = train_on(trainer, checkpoint)
         save_trained(trainer, folder)
+        trainer.accelerator.wait_for_everyone()   # then the first takes the checkpoints away
         if rank(): return {}
         if recipe.adapter == 'lora': _name_base(folder, recipe)
         write_jsonl(log, folder/'log.jsonl')

@@ -72,6 +72,30 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_finishes_it(trained_a
     assert metrics['processes'] == 2 and metrics['num_tokens'] == read_manifest(alone)['stages']['adapter']['result']['num_tokens']
 
 
+SLOW = """import os, sys, time
+from transformers import Trainer
+load = Trainer._load_best_model
+def load_late(self):
+    if os.environ['RANK'] == '1':
+        time.sleep(4)
+        print('the best checkpoint is there:', os.path.isdir(self.state.best_model_checkpoint), flush=True)
+    load(self)
+Trainer._load_best_model = load_late
+from kofinetune.cli import main
+main()
+"""
+
+
+def test_the_first_process_waits_for_those_that_still_read_its_checkpoints(trained_alone, tmp_path):
+    "The second loads the best checkpoint late; the first removes the checkpoints when it has finished."
+    run = shutil.copytree(trained_alone['small'][1], tmp_path/'run')
+    (tmp_path/'slow.py').write_text(SLOW, encoding='utf-8')
+    done = launch(*TORCHRUN, '2', '--standalone', '--', str(tmp_path/'slow.py'), 'train', '--run', str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'the best checkpoint is there: True' in done.stdout
+    assert done.stdout.count('train: done') == 1 and not (run/'checkpoints').exists()
+
+
 def nodes(*runs):
     "Start a launcher of one process for each run folder, as on machines that share no disk; wait for all."
     where = ('--nnodes', str(len(runs)), '--master-addr', '127.0.0.1', '--master-port', free_port())

@@ -301,14 +301,14 @@ def test_a_signal_that_a_library_answers_with_an_error_of_its_own_is_still_said(
     from kofinetune import cli
 
     def app(prog_name):
-        try: os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+        try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)     # SIGINT is ignored in a shell's background
         except BaseException: raise TypeError('could not determine the shape') from None
 
     monkeypatch.setattr(cli, 'app', app)
     monkeypatch.setattr(sys, 'argv', ['kofinetune', 'export'])
     for _ in range(2):
         with pytest.raises(SystemExit) as ended: cli.main()
-        assert ended.value.code == 1 and capsys.readouterr().err == 'kofinetune: interrupted; go on with: kofinetune export\n'
+        assert ended.value.code == 1 and capsys.readouterr().err == 'kofinetune: asked to stop (SIGTERM); go on with: kofinetune export\n'
     monkeypatch.setattr(cli, 'app', lambda prog_name: int('x'))      # and is forgotten by the next command
     with pytest.raises(SystemExit) as ended: cli.main()
     assert ended.value.code == 2 and "invalid literal" in capsys.readouterr().err
