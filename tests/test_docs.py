@@ -1,4 +1,5 @@
 "The site as it is built: both languages, their files, the catalogues. What needs a browser is in tests/browser/."
+import inspect
 import json
 import re
 import subprocess
@@ -99,6 +100,18 @@ def test_markdown_copies_and_llms_txt(site):
         listed = re.findall(r'\]\(https://[^)]*/kofinetune/(?:ko/)?([\w/]+\.md)\)', (folder/'llms.txt').read_text(encoding='utf-8'))
         assert {f'{path.stem}.md' for path in NOTEBOOKS} <= set(listed) and {'api/data.md', 'troubleshooting.md'} <= set(listed)
         for name in listed: assert (folder/name).read_text(encoding='utf-8').startswith('# ')
+
+
+def test_the_table_of_a_function_has_every_parameter():
+    "Also those that share the comment of the last one on their line. (`**options` stands in the signature alone.)"
+    from extensions import reference
+    tables = {f'{name}.{symbol}': (o, '\n'.join(reference.parameters(o))) for name in reference.modules()
+              for symbol, o in reference.symbols(name).items() if inspect.isfunction(o)}
+    assert sum(bool(table) for _, table in tables.values()) > 100
+    missing = [f'{name}: {parameter}' for name, (o, table) in tables.items() if table
+               for parameter, about in inspect.signature(o).parameters.items()
+               if about.kind != about.VAR_KEYWORD and f'`{parameter}`' not in table]
+    assert missing == []
 
 
 def test_sitemap_names_pages_that_exist(site, pages):

@@ -70,9 +70,10 @@ def definition(symbol): return ast.parse(textwrap.dedent(inspect.getsource(symbo
 
 def parameters(symbol):
     "The table of its parameters, from the comments beside them; those of one line share its comment."
-    node, rows, before = definition(symbol), [], []
+    node, known, rows, before = definition(symbol), docments(symbol, full=True), [], []
+    if not any(about['docment'] for about in known.values()): return []
     lines = {} if isinstance(node, ast.ClassDef) else {a.arg: a.lineno for a in node.args.args + node.args.kwonlyargs}
-    for name, about in docments(symbol, full=True).items():
+    for name, about in known.items():
         if name in ('self', 'cls', 'args', 'kwargs'): continue
         before.append((name, about))
         if not about['docment'] and lines.get(name): continue
@@ -81,7 +82,6 @@ def parameters(symbol):
         if about['docment']: rows.append(row(shared, about['docment']))
         before = []
     rows += [row([pair], '') for pair in before]
-    if not any(about['docment'] for about in docments(symbol, full=True).values()): return []
     return ['| parameter | type | default | what it is |', '|---|---|---|---|', *rows, '']
 
 
