@@ -126,3 +126,13 @@ def test_measuring_between_two_steps_changes_neither_loss_nor_gradient(tok):
     after = loss_and_gradients()
     assert abs(measured.item() - before[0]) < 1e-5 and before[0] == after[0]
     assert len(before) == 57 and all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+
+
+def test_the_repacking_is_off_on_every_processor(monkeypatch):
+    "As if this one had AVX-512 BF16, where the test above can fail."
+    import bitsandbytes.nn.modules as bnb
+    monkeypatch.setattr(bnb, 'has_avx512bf16', lambda: True)
+    assert bnb.Linear4bit(64, 64).support_avx512bf16_for_cpu
+    model, _ = load_base(Recipe.named('rehearsal'), quant='nf4')
+    four_bits = [module for module in model.modules() if isinstance(module, bnb.Linear4bit)]
+    assert len(four_bits) == 28 and not any(module.support_avx512bf16_for_cpu for module in four_bits)
