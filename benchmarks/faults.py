@@ -129,7 +129,7 @@ class Bench:
         self.work.mkdir()
         os.environ['OLLAMA_HOST'] = NOBODY
         settings = [f'{k}={v}' for k, v in SETTINGS.items()]
-        self.settings = [part for s in settings for part in ('--set', s)]
+        self.settings = ['--recipe', 'rehearsal', *(part for s in settings for part in ('--set', s))]
         self.whole, self.seconds = self.work/'whole', {}
         for command in stages:
             job = Job(self, self.command(command, 'whole'))
@@ -378,7 +378,7 @@ def can_mount(scratch):
 def large_source(bench, chance, times):
     "Rows prepared on disk, by two worker processes that outlive a killed parent for a moment."
     source = write_jsonl(load_rows('rehearsal') * 3, bench.work/'large.jsonl')
-    args = ['data', '--run', 'run', '--set', f'source={source}', '--set', 'valid_rows=8']
+    args = ['data', '--run', 'run', '--recipe', 'rehearsal', '--set', f'source={source}', '--set', 'valid_rows=8']
     parts = data.file_parts
     before = [patched(data, LARGE=0, file_parts=lambda path: parts(path, 1 << 16))]
     reference = bench.work/'large'
@@ -432,7 +432,7 @@ def downloads(bench, chance):
         data.SOURCES, pooch.downloaders.DEFAULT_TIMEOUT = source, 1
         os.environ['KOFINETUNE_CACHE'] = str(cache)
         for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY', 'all_proxy', 'ALL_PROXY'): os.environ.pop(name, None)
-    args = ['data', '--run', 'run', '--set', 'source=koalpaca-v1.0', '--set', 'valid_rows=8']
+    args = ['data', '--run', 'run', '--recipe', 'rehearsal', '--set', 'source=koalpaca-v1.0', '--set', 'valid_rows=8']
     for fault in ('half', '500', 'silent', 'kill'):
         name = dict(half='the network drops in the middle', silent='the server says nothing', kill='kill -9 in the middle').get(fault, 'the server answers 500')
         shutil.rmtree(cache, ignore_errors=True); shutil.rmtree(bench.work/'run', ignore_errors=True)

@@ -39,7 +39,7 @@ def write_sitemap(out, site):
 
 
 def draw_card(path, title, lead, report):
-    "The picture that stands for the site where it is linked: what tuning changed in the rehearsal."
+    "The picture that stands for the site where it is linked: what tuning changed in Gemma."
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -51,7 +51,7 @@ def draw_card(path, title, lead, report):
     shares = [models['tuned']['exact_match'], models['base']['exact_match']]
     drawn = bars.barh(['tuned', 'base'], shares, color=['#56b4e9', '#8b949e'])
     bars.bar_label(drawn, [f'{share:.1%}' for share in shares], color='white', size=22, padding=10)
-    bars.set_title('Rehearsal: answers that match exactly', color='#c9d1d9', size=18, loc='left')
+    bars.set_title('Gemma 3 270M: answers that match exactly', color='#c9d1d9', size=18, loc='left')
     bars.set(xlim=(0, 1.15), xticks=[])
     bars.tick_params(colors='white', labelsize=22, length=0)
     bars.spines[:].set_visible(False)
@@ -64,4 +64,4 @@ if __name__ == '__main__':
     out, cache = [Path(p).resolve() for p in [*sys.argv[1:], *(ROOT/'_site', ROOT/'build'/'site')[len(sys.argv) - 1:]]]
     build(out, cache)
     write_sitemap(out, site)
-    draw_card(out/'_static'/'card.png', settings['lib_name'], settings['description'].replace(', serve', ',\nserve'), ROOT/'docs'/'rehearsal-report.json')
+    draw_card(out/'_static'/'card.png', settings['lib_name'], settings['description'].replace(', serve', ',\nserve'), ROOT/'docs'/'laptop-report.json')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'DebugOption', 'RunArgument', 'SHOWN', 'WHAT',
            'MEASURES', 'LICENCES', 'SIGNALS', 'STOPPED', 'parse_setting', 'resolve', 'stage_function', 'run_all',
-           'summary_rows', 'summary', 'run_state', 'show', 'follow_log', 'estimate_command', 'ask', 'verify', 'compare',
-           'push_files', 'metrics_table', 'card_data', 'how_to_run', 'model_card', 'push_run', 'hub_trouble', 'push',
-           'Interrupted', 'main']
+           'measure_rows', 'question_rows', 'stage_rows', 'summary', 'run_state', 'show', 'follow_log',
+           'estimate_command', 'ask', 'verify', 'compare', 'push_files', 'metrics_table', 'card_data', 'how_to_run',
+           'model_card', 'push_run', 'hub_trouble', 'push', 'Interrupted', 'main']
 
 # %% ../nbs/b_cli.ipynb #c172d078
 import json, os, re, shlex, signal, sys, time, warnings
@@ -51,7 +51,7 @@ def resolve(
     "Work out the recipe and the run folder of a command line."
     if recipe is None and run is not None and (Path(run)/'recipe.json').is_file():
         chosen = Recipe.load(Path(run)/'recipe.json')
-    elif recipe is None or recipe in PRESETS: chosen = Recipe.named(recipe or 'rehearsal')
+    elif recipe is None or recipe in PRESETS: chosen = Recipe.named(recipe or 'laptop')
     elif Path(recipe).suffix in ('.toml', '.json'): chosen = Recipe.load(Path(recipe))
     else: chosen = Recipe.named(recipe)
     chosen = chosen.replace(**dict(map(parse_setting, settings)))
@@ -76,8 +76,9 @@ app = typer.Typer(name='kofinetune', no_args_is_help=True, add_completion=False,
                   epilog='Recipes: ' + ', '.join(PRESETS) + '. '
                          'Exit codes: 0 done, 1 a stage failed, 2 the request was wrong.')
 
-RecipeOption = Annotated[str, typer.Option('--recipe', metavar='NAME|FILE',
-                                           help='blog, best, rehearsal, or a .toml or .json file.')]
+RecipeOption = Annotated[str, typer.Option(
+    '--recipe', metavar='NAME|FILE',
+    help='laptop (default), best, blog, rehearsal, or a .toml or .json file.')]
 RunOption = Annotated[Path, typer.Option(
     '--run', metavar='DIR', help='The run folder. Default: runs/<name of the recipe>.')]
 SetOption = Annotated[list[str], typer.Option(
@@ -92,7 +93,9 @@ def _stage_command(name, what):
     "Add the command of one stage."
     def command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
                 force: ForceOption = False, debug: DebugOption = False):
+        from kofinetune.base import check_room
         chosen, where = resolve(recipe, run, settings)
+        if name == 'train': check_room(chosen, where)
         stage_function(name)(chosen, where, force=force)
         if rank() == 0: typer.echo(f'{name}: done, {where}')
     app.command(name, help=what)(command)
@@ -101,9 +104,11 @@ def _stage_command(name, what):
 def run_all(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
             force: ForceOption = False, debug: DebugOption = False):
     "Every stage in order, skipping the finished ones, and a table at the end."
+    from kofinetune.base import check_room
     from kofinetune.export import check_name
     chosen, where = resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')    # now, not after the training
+    check_room(chosen, where)
     with nullcontext() if rank() else run_lock(where):      # held between the stages too
         for number, name in enumerate(COMMANDS.values(), 1):
             typer.echo(f'[{number}/{len(COMMANDS)}] {name}')
@@ -118,46 +123,6 @@ for _name, _what in {'data': 'Rows: load, audit, split.', 'train': 'QLoRA: train
     _stage_command(_name, _what)
 
 # %% ../nbs/b_cli.ipynb #d68468ae
-def summary_rows(
-    run: Path,                     # a finished run
-) -> list[tuple[str, str, str]]:   # what, before, after
-    "Collect the closing table of a run from its own files."
-    record = {name: s['result'] for name, s in read_manifest(run)['stages'].items()}
-    data, train, report = record['data'], record['adapter'], record['eval']
-    base, tuned = report['models']['base'], report['models']['tuned']
-    rows = [('rows trained on', '', f'{train["rows"]:,} of {data["rows"]:,} ({data["source"]})'),
-            ('tokens trained on', '',
-             f'{train["num_tokens"]:,} in {train["train_runtime"]:.0f} s on {train["device"]}'),
-            ('rows judged on', '',
-             f'{report["rows"]:,}, {"held out" if report["held_out"] else "NOT held out"}'),
-            ('answer loss, nats a token', f'{base["answer_nll"]:.3f}',
-             f'{tuned["answer_nll"]:.3f}')]
-    if base['exact_match'] is not None:
-        rows.append(('exact match', f'{base["exact_match"]:.1%}', f'{tuned["exact_match"]:.1%}'))
-    drawn = read_jsonl(run/'eval'/'answers.jsonl')[0]
-    rows.append((f'{drawn["instruction"]} {drawn["input"]}'.strip(), drawn['base'], drawn['tuned']))
-    size = lambda p: f'{p.stat().st_size / 1e6:,.1f} MB'
-    for path in (run/'adapter'/'adapter_model.safetensors', run/'merged'/'model.safetensors',
-                 *sorted((run/'ollama').glob('*.gguf'))):
-        if path.is_file(): rows.append((str(path), '', size(path)))
-    return rows + [('report', '', str(run/'eval'/'report.md'))]
-
-def summary(
-    run: Path,  # a finished run
-):
-    "Print the closing table."
-    from rich.console import Console
-    from rich.table import Table
-    table = Table(title=f'{run}', title_justify='left')
-    for name in ('', 'base', 'tuned'): table.add_column(name, overflow='fold')
-    for what, before, after in summary_rows(Path(run)):
-        table.add_row(what, before.replace('\n', '⏎'), after.replace('\n', '⏎'))
-    Console().print(table)
-    if Recipe.load(Path(run)/'recipe.json').base == 'rehearsal':
-        typer.echo('The base is the stand-in of the rehearsal: '
-                   'this shows that the method works, not how well Gemma writes.')
-
-# %% ../nbs/b_cli.ipynb #0203e528
 SHOWN = dict(
     data=lambda r: f'{r["train"]:,} rows to train on, {r["valid"]:,} held out, of {r["rows"]:,}',
     adapter=lambda r: f'loss {r["train_loss"]:.3f} over {r["steps"]:,} steps, '
@@ -169,6 +134,69 @@ SHOWN = dict(
     eval=lambda r: 'answer loss {:.3f} -> {:.3f} nats a token'.format(
         *(r['models'][n]['answer_nll'] for n in ('base', 'tuned'))))
 
+def measure_rows(
+    report: dict,  # eval/report.json
+) -> list[tuple]:  # what, base, tuned; with 95 % intervals
+    "Collect what changed in the measures."
+    models = [report['models'][name] for name in ('base', 'tuned')]
+    def cell(m, name, form):
+        low, high = m[f'{name}_ci']
+        return f'{m[name]:{form}} ({low:{form}} to {high:{form}})'
+    shown = {'answer loss, nats a token': ('answer_nll', '.3f'),
+             'bits per byte': ('bits_per_byte', '.3f'), 'exact match': ('exact_match', '.1%')}
+    return [(what, *(cell(m, *form) for m in models)) for what, form in shown.items()
+            if models[0][form[0]] is not None]
+
+def question_rows(
+    rows: list[dict],  # eval/answers.jsonl
+    n: int = 5,        # questions
+) -> list[tuple]:      # question, base's answer, tuned's answer, what was wanted
+    "Take the first row of each kind, or the first rows where they have no kind: none is picked."
+    first = {row.get('kind', i): row for i, row in reversed(list(enumerate(rows)))}
+    chosen = sorted(first.values(), key=rows.index)[:n]
+    flat = lambda text: text.replace('\n', '⏎')[:80] + '…' * (len(text) > 80)
+    return [tuple(map(flat, (f'{r["instruction"]} {r["input"]}'.strip(), r['base'], r['tuned'],
+                             r['output']))) for r in chosen]
+
+def stage_rows(
+    run: Path,     # a finished run
+) -> list[tuple]:  # stage, what it made, seconds, MB
+    "Collect what each stage made and cost."
+    stages = read_manifest(run)['stages']
+    size = lambda name: sum((run/name/file).stat().st_size for file in stages[name]['files'])
+    return [(name, SHOWN[name](made['result']), f'{made["seconds"]:,.0f}',
+             f'{size(name) / 1e6:,.1f}') for name, made in stages.items()]
+
+def summary(
+    run: Path,  # a finished run
+):
+    "Print the closing tables, and the lines to type next."
+    from kofinetune.base import base_note
+    from rich.console import Console
+    from rich.table import Table
+    run, stages = Path(run), read_manifest(run)['stages']
+    report, made = stages['eval']['result'], stages['ollama']['result']
+    held = 'held-out rows' if report['held_out'] else 'rows, NOT held out'
+    evaluated = read_jsonl(run/'eval'/'answers.jsonl')
+    answers = question_rows(evaluated)
+    for title, names, rows in (
+            ('What was made', ('stage', '', 'seconds', 'MB'), stage_rows(run)),
+            (f'What changed, on {report["rows"]:,} {held} (95 % intervals)', ('', 'base', 'tuned'),
+             measure_rows(report)),
+            ('Five questions, none of them picked', ('question', 'base', 'tuned', 'wanted'), answers)):
+        table = Table(title=title, title_justify='left')
+        for name in names: table.add_column(name, overflow='fold')
+        for row in rows: table.add_row(*row)
+        Console().print(table)
+    name = made['name'].removesuffix(':latest')
+    asked = next((row for row in evaluated if not row['input']), evaluated[0])
+    question = json.dumps(asked['instruction'], ensure_ascii=False)
+    for line in (base_note(Recipe.load(run/'recipe.json').base), f'Report:   {run}/eval/report.md',
+                 *([] if made['registered'] else
+                   [f'Register: ollama create {name} -f {run}/ollama/Modelfile']),
+                 f'Ask it:   ollama run {name} {question}'): typer.echo(line)
+
+# %% ../nbs/b_cli.ipynb #0203e528
 def run_state(
     run: Path,   # a run folder
 ) -> dict:       # working (process or None), stages (name, state, made, seconds, bytes, said), faults (texts)
@@ -247,9 +275,10 @@ def ask(run: RunArgument, question: Annotated[str, typer.Argument(help='The inst
         given: Annotated[str, typer.Option('--input', help='The input that goes with it.')] = '',
         debug: DebugOption = False):
     "One answer from base and tuned, side by side."
-    from kofinetune.train import answer_one, load_base, load_tuned
+    from kofinetune.train import answer_one, load_base, load_tuned, settle_dtype
     need(run, 'adapter')
-    chosen, row = Recipe.load(run/'recipe.json'), dict(instruction=question, input=given)
+    chosen = settle_dtype(Recipe.load(run/'recipe.json'), run)
+    row = dict(instruction=question, input=given)
     for name, (model, tok) in (('base', load_base(chosen, quant='none')),
                                ('tuned', load_tuned(chosen, run))):
         typer.echo(f'{name}: {answer_one(model, tok, row, chosen.style, chosen.max_new_tokens)}')
@@ -348,12 +377,12 @@ def card_data(
 ):                     # a huggingface_hub.ModelCardData
     "Make the front matter of a card."
     from huggingface_hub import EvalResult, ModelCardData
-    from kofinetune.train import base_name
-    base = base_name(recipe.base)
+    from kofinetune.base import PACKAGED, base_name, is_gemma
+    base = PACKAGED.get(recipe.base, {}).get('of') or base_name(recipe.base)
     data = (recipe.source if recipe.source.startswith('koalpaca') or recipe.source == 'rehearsal'
             else 'own rows')
     mine = LICENCES.get(
-        ('gemma' in base.lower(), data.startswith('koalpaca')),
+        (is_gemma(recipe.base), data.startswith('koalpaca')),
         dict(license='apache-2.0' if (base, data) == ('rehearsal', 'rehearsal') else 'other'))
     origin = dict(
         base_model=base, base_model_relation='adapter' if what == 'adapter' else 'finetune'
@@ -379,10 +408,11 @@ def how_to_run(
     modelfile: str,    # the run's Modelfile, or '' where there is none
 ) -> str:              # Markdown
     "Say how to run what is published, with transformers and with Ollama."
-    from kofinetune.train import base_name
+    from kofinetune.base import PACKAGED, base_name
     prompt = format_prompt(dict(instruction='대한민국의 수도는 어디인가요?', input=''), recipe.style)
     base = base_name(recipe.base)
-    where = 'str(stand_in_base())' if base == 'rehearsal' else repr(base)
+    ours = base in ('rehearsal', *PACKAGED)
+    where = f'base_path({base!r})' if ours else repr(base)
     load = {'merged': f'write = pipeline("text-generation", model="{repo}")',
             'adapter': f'base = {where}\nmodel = PeftModel.from_pretrained('
                        f'AutoModelForCausalLM.from_pretrained(base), "{repo}")\n'
@@ -390,7 +420,7 @@ def how_to_run(
                        'tokenizer=AutoTokenizer.from_pretrained(base))'}
     names = {'merged': 'pipeline', 'adapter': 'AutoModelForCausalLM, AutoTokenizer, pipeline'}
     first = 'from peft import PeftModel\n' if what == 'adapter' else ''
-    if first and base == 'rehearsal': first += 'from kofinetune.rehearsal import stand_in_base\n'
+    if first and ours: first += 'from kofinetune.base import base_path\n'
     python = '' if what == 'gguf' else (
         f'### transformers\n\n```python\n{first}'
         f'from transformers import {names[what]}\n\n{load[what]}\nprompt = {prompt!r}\n'
@@ -455,14 +485,14 @@ def _judged_gguf(record, report):
 def _terms(recipe):
     "Say both terms, without a path of this machine."
     from kofinetune.export import licences
-    from kofinetune.train import base_name
-    return licences(recipe.source, base_name(recipe.base))
+    return licences(recipe.source, recipe.base)
 
 def _made_of(recipe, record):
     "Say what the model was made of."
-    from kofinetune.train import base_name
+    from kofinetune.base import base_name, base_note
     data = record['stages']['data']['result']
     base = base_name(recipe.base) + (f' at revision {recipe.revision}' if recipe.revision else '')
+    base += f'. {base_note(recipe.base)}' if base_note(recipe.base) else ''
     return '\n'.join([f'- {data["train"]:,} rows to train on, {data["valid"]:,} held out, '
                       f'of {data["rows"]:,}',
                       f'- base: {base}', *(f'- {" ".join(text.split())}'
@@ -470,6 +500,7 @@ def _made_of(recipe, record):
 
 def _limits(recipe, report, judged, what):
     "List what the numbers do not say."
+    from kofinetune.base import base_note
     limits = ['Trained on single questions with one answer each: '
               'it has no memory of earlier turns.',
               'Another prompt than the one above was not trained and was not measured.',
@@ -480,6 +511,7 @@ def _limits(recipe, report, judged, what):
     if recipe.base == 'rehearsal':
         limits.insert(0, 'The base is a stand-in made in a minute. The numbers show that the '
                          'method works, and say nothing of the quality of Gemma.')
+    elif base_note(recipe.base): limits.insert(0, base_note(recipe.base))
     if recipe.source.startswith('koalpaca'):
         limits.append('The answers of KoAlpaca were written by a language model, '
                       'and some are wrong.')

@@ -50,10 +50,11 @@ def format_prompt(
 
 # %% ../nbs/00_data.ipynb #12253fa5
 def format_answer(
-    row: dict,  # with an output
-) -> str:       # the text that the model has to write, without its terminator
+    row: dict,              # with an output
+    style: str = 'alpaca',  # 'blog': the answer ends in a newline, as in the post's training text
+) -> str:                   # the text that the model has to write, without its terminator
     "Take the answer out of `row`."
-    return row['output']
+    return row['output'] + ('\n' if style == 'blog' else '')
 
 # %% ../nbs/00_data.ipynb #df62ddba
 FIELDS = ('instruction', 'input', 'output', 'kind')
@@ -805,7 +806,7 @@ class Recipe:
     seed: int = 42               # decides split, order of rows and the adapter's first weights
     # train
     style: str = 'alpaca'        # blog: always an Input section; alpaca: left out when it is empty
-    base: str = 'rehearsal'      # a model on the Hugging Face Hub, a folder, or rehearsal
+    base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a name on the Hub, rehearsal
     revision: str = ''           # the Hub revision (a commit) of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
     dequantize: bool = True      # unpack an nf4 base once, not at each use: faster, same numbers
@@ -832,7 +833,7 @@ class Recipe:
     activation_checkpointing: bool = False  # compute activations twice: less memory, more time
     save_steps: float = 0.1      # steps between checkpoints; below 1, a share of all steps
     early_stopping_patience: int = 0  # stop after so many judgements without a better one; 0: never
-    dtype: str = 'auto'          # bf16 or fp32; auto: bf16 on a GPU that has it, fp32 on a CPU
+    dtype: str = 'auto'          # bf16 or fp32; auto: bf16 where the GPU or CPU is faster with it
     # merge
     merge: str = 'auto'          # base that takes the adapter: 16-bit, nf4, or auto: the better one
     # export
@@ -848,7 +849,7 @@ class Recipe:
 
     @staticmethod
     def named(
-        name: str,   # blog, best or rehearsal
+        name: str,   # laptop, best, blog or rehearsal
     ) -> 'Recipe':
         "Get a preset."
         if name not in [*PRESETS]:
@@ -864,8 +865,8 @@ class Recipe:
         return _load_recipe(Path(path))
 
     def replace(self, **changes) -> 'Recipe':
-        "Copy the recipe with some fields changed, checking them again."
-        return _make_recipe(asdict(self) | changes)
+        "Copy the recipe with some fields changed, checking them again. Another base has no revision yet."
+        return _make_recipe(_changed(asdict(self), changes))
 
 # %% ../nbs/00_data.ipynb #645c5cad
 _CHOICES = dict(report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=STYLES,
@@ -942,12 +943,15 @@ SURE_FLAGS = (   # right in nine of ten rows that were read
     'placeholder_input', 'prompt_marker', 'odd_number', 'truncated_ending', 'mixed_speech',
     'code_switching')
 PRESETS = {
+    'laptop': dict(name='laptop', base='gemma-3-270m-q4', quant='none', max_length=256, epochs=2.0,
+                   batch_size=2, grad_accum=1, learning_rate=1e-3, save_steps=0.5,
+                   max_new_tokens=48, num_ctx=512),
+    'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000, drop=SURE_FLAGS),
     'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(),
                          normalize=False, style='blog', lora_r=8, lora_alpha=8, dequantize=False,
                          loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
-    'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000, drop=SURE_FLAGS),
     'rehearsal': dict(max_length=256, epochs=4.0, batch_size=1, grad_accum=1, learning_rate=3e-3,
-                      save_steps=0.2, max_new_tokens=48, num_ctx=512),
+                      save_steps=0.2, dtype='fp32', max_new_tokens=48, num_ctx=512),
 }
 
 def nearest(
@@ -957,6 +961,11 @@ def nearest(
     "Guess which of `known` was meant."
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f' (do you mean {near[0]}?)' if near else ''
+
+def _changed(values, changes):
+    "Change fields; a revision belongs to its base and does not outlive it."
+    if changes.get('base', values.get('base')) != values.get('base'): values |= dict(revision='')
+    return values | changes
 
 def _make_recipe(values):
     "Make a recipe of a dict, with lists as tuples, naming a field that does not exist."
@@ -982,7 +991,7 @@ def _load_recipe(path):
     for name in getattr(values, 'twice', ()):
         raise ValueError(f'{path} cannot be read: it has {name!r} twice; keep one')
     start = asdict(Recipe.named(values.pop('extends'))) if 'extends' in values else {}
-    return _make_recipe(start | {'name': path.stem} | values)
+    return _make_recipe(_changed(start, {'name': path.stem} | values))
 
 # %% ../nbs/00_data.ipynb #8ada8946
 STAGES = {'data': 'source', 'adapter': 'style', 'merged': 'merge', 'ollama': 'gguf',

@@ -19,11 +19,14 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 
+from .base import base_name, base_note, free_memory
 from .data import (Recipe, code_switching, format_answer, format_prompt, has_hangul, need,
-                             note, read_jsonl, speech_levels, stage, write_json, write_jsonl)
+                             note, read_jsonl, read_manifest, speech_levels, stage, write_json,
+                             write_jsonl)
 from .export import is_loopback, load_gguf
 from .rehearsal import PAIRS, Word
-from .train import encode, load_base, load_tokenizer, load_tuned, pick_device, plot_loss
+from .train import (encode, load_base, load_tokenizer, load_tuned, pick_device, plot_loss,
+                              settle_dtype)
 
 # %% ../nbs/04_eval.ipynb #5260ccee
 def answer_nll(
@@ -369,9 +372,9 @@ def evaluate(
     run = Path(run)
     def make(folder):
         rows, held_out = _judged_rows(recipe, run)
-        models, scored, answers = _judge_models(recipe, run, rows)
-        report = dict(rows=len(rows), held_out=held_out, recipe=recipe.name, base=recipe.base,
-                      models=models, differences=_differences(scored, recipe.seed),
+        models, scored, answers = _judge_models(settle_dtype(recipe, run), run, rows)
+        report = dict(rows=len(rows), held_out=held_out, recipe=recipe.name,
+                      base=base_name(recipe.base), base_note=base_note(recipe.base), models=models, differences=_differences(scored, recipe.seed),
                       training=_training(run)) | _cases(rows, answers)
         write_json(report, folder/'report.json')
         write_jsonl([row | {name: made[i]['answer'] for name, made in answers.items()}
@@ -392,14 +395,24 @@ def _judge_models(recipe, run, rows):
                          for field in ('instruction', 'input', 'output')])
     models, scored, answers = {}, {}, {}
     for name in ('base', 'tuned', 'merged', *(f'gguf-{dtype}' for dtype in recipe.gguf)):
-        model, tok = _load_judged(name, recipe, run)
-        scored[name] = answer_nll(model, tok, rows, recipe.style, recipe.max_length)
-        answers[name] = generate(model, tok, rows, recipe.style, recipe.max_new_tokens)
+        if _is_merged(name, run): scored[name], answers[name] = scored['merged'], answers['merged']
+        else:
+            model, tok = _load_judged(name, recipe, run)
+            scored[name] = answer_nll(model, tok, rows, recipe.style, recipe.max_length)
+            answers[name] = generate(model, tok, rows, recipe.style, recipe.max_new_tokens)
         described = describe_answers(rows, answers[name], nouns)
         models[name] = summarize(scored[name], recipe.seed) | described
         note(run, f'eval: {name} judged, answer loss {models[name]["answer_nll"]:.3f}')
-        del model
+        model = None
+        free_memory()
     return models, scored, answers
+
+def _is_merged(name, run):
+    "Say whether the export has proved that a file holds the merged model's very weights."
+    proofs = json.loads((need(run, 'ollama')/'verify.json').read_text(encoding='utf-8'))
+    file = proofs['files_proved'].get(name.removeprefix('gguf-'), {}).get('file', {})
+    config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
+    return (name, config['dtype'], file.get('different')) == ('gguf-bf16', 'bfloat16', [])
 
 def _judged_rows(recipe, run):
     "Take the held-out rows, or training rows where the recipe holds none out, and say which."
@@ -431,9 +444,11 @@ def _differences(scored, seed):
 def _training(run):
     "Take from the trainer's metrics what the training cost."
     metrics = json.loads((Path(run)/'adapter'/'metrics.json').read_text(encoding='utf-8'))
-    names = ('rows', 'steps', 'train_runtime', 'predicted_seconds', 'tokens_per_second',
-             'trainable_parameters', 'device', 'mean_token_accuracy')
-    return {name: metrics[name] for name in names}
+    names = ('rows', 'steps', 'num_tokens', 'train_runtime', 'predicted_seconds',
+             'tokens_per_second', 'peak_memory_bytes', 'trainable_parameters', 'device',
+             'mean_token_accuracy')
+    seconds = {name: s['seconds'] for name, s in read_manifest(run)['stages'].items()}
+    return {name: metrics[name] for name in names} | dict(stage_seconds=seconds)
 
 def _cases(rows, answers):
     "Count outcomes, draw the questions that are shown, and collect failures by kind."
@@ -509,12 +524,13 @@ _MODEL = _must(
     chrf=dict(type='number', minimum=0, maximum=100))
 _CASE = _must(question=_TEXT, wanted=_TEXT, answer=_TEXT)
 REPORT_SCHEMA = {'$schema': 'https://json-schema.org/draft/2020-12/schema'} | _must(
-    rows=_COUNT, held_out=dict(type='boolean'), recipe=_TEXT, base=_TEXT,
+    rows=_COUNT, held_out=dict(type='boolean'), recipe=_TEXT, base=_TEXT, base_note=_TEXT,
     models=_must(base=_MODEL, tuned=_MODEL, merged=_MODEL) | dict(additionalProperties=_MODEL),
     differences=_each(_must(answer_nll=_CHANGE, token_accuracy=_CHANGE, bits_per_byte=_CHANGE)),
-    training=_must(rows=_COUNT, steps=_COUNT, train_runtime=_NATS, predicted_seconds=_NATS,
-                   tokens_per_second=_NATS, trainable_parameters=_COUNT,
-                   device=_TEXT, mean_token_accuracy=_SHARE),
+    training=_must(rows=_COUNT, steps=_COUNT, num_tokens=_COUNT, train_runtime=_NATS,
+                   predicted_seconds=_NATS, tokens_per_second=_NATS, peak_memory_bytes=_COUNT,
+                   trainable_parameters=_COUNT, device=_TEXT, mean_token_accuracy=_SHARE,
+                   stage_seconds=_each(_NATS)),
     outcomes=_must(better=_COUNT, same=_COUNT, worse=_COUNT), kinds=_or_null(_each(_each(_NATS))),
     failures=_or_null(_each(_list(_CASE, maxItems=5))),
     examples=_list(_must(row=_COUNT, question=_TEXT, wanted=_TEXT, base=_TEXT, tuned=_TEXT,
@@ -596,9 +612,7 @@ def _limits(report):
     limits = []
     if not report['held_out']:
         limits.append('These rows were trained on: nothing here says how it does on others.')
-    if report['base'] == 'rehearsal':
-        limits.append('The base is the stand-in of the rehearsal: these numbers show that '
-                      'the method works, and say nothing of the quality of Gemma.')
+    if report['base_note']: limits.append(report['base_note'])
     left_out = report['models']['base']['left_out']
     if left_out: limits.append(f'{left_out} rows are longer than max_length and have no loss.')
     limits += ['The intervals speak of other questions like these, '
@@ -930,6 +944,7 @@ def benchmark(
     "Ask a run's base and tuned models the questions of benchmarks."
     loaded = {name if isinstance(name, str) else name['task']: load_tasks(name) for name in names}
     need(run, 'adapter')
+    recipe = settle_dtype(recipe, run)
     result = {name: {} for name in loaded}
     for kind in ('base', 'tuned'):
         model, tok = _load_judged(kind, recipe, run)

@@ -8,13 +8,13 @@ __all__ = ['TOKENIZER_FILES', 'MEASURED', 'merge_into', 'through_nf4', 'answer_s
            'merge_adapter', 'merge_ways']
 
 # %% ../nbs/02_merge.ipynb #681573b6
-import ctypes, gc, json, platform, shutil
+import json, shutil
 from pathlib import Path
 
 from .data import (Recipe, need, note, read_jsonl, read_manifest, stage, stage_fields,
                              write_json)
-from .rehearsal import base_path
-from .train import encode, load_base, load_tuned, refuse_pickles
+from .base import base_path, free_memory
+from .train import encode, load_base, load_tuned, refuse_pickles, settle_dtype
 
 # %% ../nbs/02_merge.ipynb #17f7aa66
 def merge_into(
@@ -228,12 +228,13 @@ def merge_adapter(
     def make(folder):
         check_adapter(recipe, run)
         rows, held_out = _measured_rows(run)
-        live, tok = load_tuned(recipe, run)
+        settled = settle_dtype(recipe, run)
+        live, tok = load_tuned(settled, run)
         kept = answer_states(live, tok, rows, recipe.style, recipe.max_length)
         kept['head'] = None   # it would hold on to the whole model
         del live
-        _let_go()
-        ways = {way: _write_way(way, recipe, run, folder/way, rows, kept)
+        free_memory()
+        ways = {way: _write_way(way, settled, run, folder/way, rows, kept)
                 for way in merge_ways(recipe)}
         chosen, why = choose_way(ways, recipe.merge, held_out)
         for path in (folder/chosen).iterdir(): path.rename(folder/path.name)
@@ -271,7 +272,7 @@ def _write_way(way, recipe, run, folder, rows, kept):
     copy_tokenizer(recipe, folder)
     check_saved(folder, model)
     del model
-    _let_go()
+    free_memory()
     again, tok = load_base(recipe.replace(base=str(folder), revision=''), quant='none')
     tied = again.get_output_embeddings().weight is again.get_input_embeddings().weight
     if tied != config['tie_word_embeddings']:
@@ -293,11 +294,6 @@ def _merged(way, recipe, run):
     if way == 'copy': return load_tuned(recipe, run)[0]
     base = load_base(recipe, quant='none', dtype=torch.float32)[0]
     return merge_into(through_nf4(base) if way == 'nf4' else base, Path(run)/'adapter')
-
-def _let_go():
-    "Return freed memory to the system: peft's models refer to themselves, and glibc keeps memory."
-    gc.collect()
-    if platform.libc_ver()[0] == 'glibc': ctypes.CDLL(None).malloc_trim(0)
 
 def _saved_dtype(recipe):
     "The type in which the base's own weights are stored."

@@ -6,7 +6,7 @@
 __all__ = ['PAIRS', 'DIGIT_TAILS', 'TENS', 'ONES', 'KINDS', 'NOUNS', 'COUNTERS', 'DAYS', 'MONTHS', 'PEOPLE', 'VERBS', 'UNITS',
            'ROWS', 'WEIGHTS', 'ABOUT_NOUNS', 'VOCAB', 'SHAPE', 'PRETRAIN', 'tail', 'Word', 'sino', 'native', 'Kind',
            'fact', 'of_words', 'particle_kind', 'word_lists', 'make_rows', 'plain_text', 'train_tokenizer',
-           'save_for_transformers', 'batches', 'pretrain', 'make_base', 'fingerprint', 'stand_in_base', 'base_path']
+           'save_for_transformers', 'batches', 'pretrain', 'make_base', 'fingerprint', 'make_once', 'stand_in_base']
 
 # %% ../nbs/a_rehearsal.ipynb #280b7a2f
 import hashlib, json, random, shutil
@@ -430,26 +430,26 @@ def fingerprint() -> str:
     made_from = [SHAPE, PRETRAIN, VOCAB, plain_text(2000, 0, WEIGHTS), make_rows()]
     return hashlib.sha256(json.dumps(made_from, ensure_ascii=False).encode()).hexdigest()[:12]
 
+def make_once(
+    folder: Path,    # in the cache
+    make: Callable,  # called with another path, where it makes the folder
+) -> Path:           # the folder
+    "Make a folder elsewhere and rename it once it is whole. A second process waits, and finds it."
+    import tempfile
+    from filelock import FileLock
+    folder = Path(folder)
+    if folder.exists(): return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{folder}.lock'):
+        for left in folder.parent.glob(f'.{folder.name}-*'): shutil.rmtree(left)  # by a killed process
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as made:
+                make(Path(made)/'made')
+                (Path(made)/'made').rename(folder)
+    return folder
+
 def stand_in_base(
     cache: Path = None,  # `cache_dir()` if absent
 ) -> Path:               # a folder that `from_pretrained` reads
     "Find the stand-in base, or make it: a minute or so, once."
-    import tempfile
-    from filelock import FileLock
-    cache = Path(cache or cache_dir())
-    folder = cache/f'rehearsal-base-{fingerprint()}'
-    if folder.exists(): return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{folder}.lock'):
-        for left in cache.glob(f'.{folder.name}-*'): shutil.rmtree(left)    # by a killed process
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f'.{folder.name}-') as made:
-                make_base(Path(made)/'base').rename(folder)
-    return folder
-
-# %% ../nbs/a_rehearsal.ipynb #2b682fe8
-def base_path(
-    base: str,  # a recipe's base
-) -> str:       # what `from_pretrained` takes
-    "Turn `rehearsal` into the stand-in base's folder; leave every other name alone."
-    return str(stand_in_base()) if base == 'rehearsal' else base
+    return make_once(Path(cache or cache_dir())/f'rehearsal-base-{fingerprint()}', make_base)

@@ -19,6 +19,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1'   # 
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'koalpaca: needs the 8,000 real KoAlpaca rows beside the checkout, or $KOFINETUNE_KOALPACA')
+    config.addinivalue_line('markers', 'gemma: needs real Gemma 3 270M, from the wheels of the extra gemma')
     config.addinivalue_line('markers', 'ollama: needs an Ollama server, or the ollama program')
 
 

@@ -68,7 +68,7 @@ def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys, request):
     for text in case['says']: assert text in line, line
     assert len(line) < 800 and 'Traceback' not in said.err and line.count('kofinetune: ') == 1
     assert not (here/'executed').exists()
-    assert files(here) - {f for f in files(here) if f.startswith('runs/rehearsal/data/') or f in ('runs/rehearsal/manifest.json', 'runs/rehearsal/recipe.json')} == before
+    assert files(here) - {f for f in files(here) if f.startswith('runs/laptop/data/') or f in ('runs/laptop/manifest.json', 'runs/laptop/recipe.json')} == before
 
 
 def test_there_are_at_least_eighty_cases(): assert len(CASES) >= 80

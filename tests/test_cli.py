@@ -31,7 +31,7 @@ BAD = {
     'unknown source': ({}, ['data', '--set', 'source=koalpaca'], 2, 'koalpaca-v1.0'),
     'more held out than there are': ({'a.json': '[{"instruction": "x", "output": "y"}]'},
                                      ['data', '--set', 'source=a.json'], 2, 'valid_rows is 250'),
-    'unknown recipe': ({}, ['run', '--recipe', 'bset'], 2, 'blog, best, rehearsal'),
+    'unknown recipe': ({}, ['run', '--recipe', 'bset'], 2, 'laptop, best, blog, rehearsal'),
     'recipe file missing': ({}, ['run', '--recipe', 'x.toml'], 2, 'x.toml is not a file'),
     'recipe file broken': ({'x.toml': 'lora_r = = 3'}, ['run', '--recipe', 'x.toml'], 2, 'x.toml cannot be read'),
     'unknown field': ({'x.toml': 'lora_rank = 3'}, ['run', '--recipe', 'x.toml'], 2, "no field 'lora_rank'"),

@@ -146,7 +146,7 @@ def test_sharded_weights_reach_the_same_losses(trained_alone, tmp_path):
 
 
 def test_what_is_missing_is_said_once(tmp_path):
-    done = launch(*TORCHRUN, '2', '--standalone', *TRAIN, str(tmp_path/'nothing'), '--set', 'grad_accum=2')
+    done = launch(*TORCHRUN, '2', '--standalone', *TRAIN, str(tmp_path/'nothing'), '--recipe', 'rehearsal', '--set', 'grad_accum=2')
     assert done.returncode != 0
     assert done.stderr.count('is missing; make it with: kofinetune data --run') == 1
     assert not (tmp_path/'nothing'/'adapter').exists()
@@ -158,7 +158,7 @@ def test_what_is_missing_is_said_once(tmp_path):
     (('data',), {}, 'data is work for one process, and a launcher started 2'),
 ])
 def test_a_wrong_request_exits_with_2_everywhere_and_the_first_process_says_why(tmp_path, command, env, message):
-    said = [launch(sys.executable, '-m', 'kofinetune.cli', *command, '--run', str(tmp_path/'run'),
+    said = [launch(sys.executable, '-m', 'kofinetune.cli', *command, '--recipe', 'rehearsal', '--run', str(tmp_path/'run'),
                    env=dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2') | env) for rank in '01']
     assert [s.returncode for s in said] == [2, 2]
     assert message in said[0].stderr and len(said[0].stderr.strip().splitlines()) == 1

@@ -125,7 +125,7 @@ def test_odd_models_run_on_the_engine(tmp_path, changes, dtype):
     reference = reference_answers(folder, prompts, max_new_tokens=1)
     proof = verify_gguf(folder, tmp_path/'m.gguf', prompts, max_new_tokens=1, reference=reference)
     assert proof['logprobs']['compared'] >= 50  # none where an answer ends at once
-    assert proof_failures(proof | dict(greedy=dict(checked=0, equal=0)), dtype, own_rounding(folder, prompts, reference, dtype)) == []
+    assert proof_failures(proof | dict(greedy=dict(checked=0, equal=0, parted=[], not_compared=0)), dtype, own_rounding(folder, prompts, reference, dtype)) == []
 
 
 def test_a_wrong_position_base_is_noticed(odd, tmp_path):
@@ -134,7 +134,7 @@ def test_a_wrong_position_base_is_noticed(odd, tmp_path):
     write_gguf(odd, tmp_path/'m.gguf')
     prompts = [format_prompt(r, 'blog') for r in difficult_rows()[:12]]
     own = own_rounding(odd, prompts, reference_answers(odd, prompts, 1), 'bf16')
-    def failures(name): return proof_failures(verify_gguf(odd, tmp_path/name, prompts, 12, 1) | dict(greedy=dict(checked=0, equal=0)), 'bf16', own)
+    def failures(name): return proof_failures(verify_gguf(odd, tmp_path/name, prompts, 12, 1) | dict(greedy=dict(checked=0, equal=0, parted=[], not_compared=0)), 'bf16', own)
     assert not failures('m.gguf')
     for key, value in {'gemma3.rope.freq_base': 1e4, 'gemma3.attention.sliding_window': 512}.items():
         shutil.copyfile(tmp_path/'m.gguf', tmp_path/'wrong.gguf')

@@ -163,7 +163,7 @@ def test_an_interrupted_stage_says_what_is_kept(tmp_path):
 # Long work
 
 def test_a_run_under_nohup_outlives_its_terminal_and_is_followed_from_another(tmp_path):
-    recipe = ['--set', 'rows=80', '--set', 'valid_rows=8', '--set', 'epochs=3', '--set', 'max_length=64']
+    recipe = ['--recipe', 'rehearsal', '--set', 'rows=80', '--set', 'valid_rows=8', '--set', 'epochs=3', '--set', 'max_length=64']
     assert kofinetune('data', '--run', 'r', *recipe, cwd=tmp_path).returncode == 0
     with (tmp_path/'out').open('w') as out:
         train = subprocess.Popen(['nohup', *COMMAND, 'train', '--run', 'r', *recipe], cwd=tmp_path, env=ENV, stdout=out, stderr=out, start_new_session=True)
@@ -183,7 +183,7 @@ def test_a_run_under_nohup_outlives_its_terminal_and_is_followed_from_another(tm
 
 
 def test_without_nohup_a_closed_terminal_stops_it_and_its_line_says_what_is_kept(tmp_path):
-    recipe = ['--set', 'rows=80', '--set', 'valid_rows=8', '--set', 'epochs=30', '--set', 'max_length=64', '--set', 'save_steps=3']
+    recipe = ['--recipe', 'rehearsal', '--set', 'rows=80', '--set', 'valid_rows=8', '--set', 'epochs=30', '--set', 'max_length=64', '--set', 'save_steps=3']
     kofinetune('data', '--run', 'r', *recipe, cwd=tmp_path)
     train = subprocess.Popen([*COMMAND, 'train', '--run', 'r', *recipe], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                              preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))   # these tests may themselves run under nohup

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Ge
 
 from kofinetune.data import Recipe, format_prompt, prepare, read_jsonl, read_manifest, stage
 from kofinetune.merge import copy_tokenizer, merge_adapter, merge_into
-from kofinetune.rehearsal import base_path
+from kofinetune.base import base_path
 from kofinetune.train import add_lora, load_base
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']

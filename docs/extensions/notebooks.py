@@ -99,7 +99,7 @@ def code(cell, alt, messages):
 
 def contents(folder):
     "Every page in its order, in groups with a caption each."
-    names = sorted(path.stem for path in folder.glob('*_*.ipynb'))
+    names = sorted(path.stem for path in folder.glob('*.ipynb') if path.stem != 'index')
     groups = {'Lessons': [n for n in names if n[0].isdigit()], 'More': [n for n in names if n[0].isalpha()] + ['troubleshooting'],
               'Reference': ['api/index', *(f'api/{name}' for name in modules() if symbols(name))]}
     return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + caption + '\n\n' + '\n'.join(pages) + '\n```'

@@ -116,7 +116,7 @@ def api_page(name, notebook):
 def symptoms_page(folder, language):
     "Every notebook's section on what could go wrong, in one page; in Korean it is made of the notebooks' translations."
     page = ['# Troubleshooting\n\n{.lead}\nWhat could go wrong, gathered from every notebook.\n']
-    for path in [] if language is None else sorted(folder.glob('*_*.ipynb')):
+    for path in [] if language is None else sorted(p for p in folder.glob('*.ipynb') if p.stem != 'index'):
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         text = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
         found, title = SYMPTOMS.search(text), re.search('^# (.+)$', text, re.M)[1]

@@ -16,7 +16,7 @@ from driver import SHOTS, absent, answers, chromium, free_port, stop, wait_for  
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ['a_rehearsal', '00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval', 'b_cli', 'c_clusters']
 ORDER = LESSONS + sorted({path.stem for path in (ROOT/'nbs').glob('*.ipynb')} - set(LESSONS))
-COPIED = ['Makefile', '.jupyter', 'nbs', 'docs/rehearsal-report.json', 'docs/quotes.json', 'benchmarks/results', 'examples']
+COPIED = ['Makefile', '.jupyter', 'nbs', 'docs/laptop-report.json', 'docs/quotes.json', 'benchmarks/results', 'examples']
 TIMED = {'@jupyterlab/notebook-extension:tracker': {'recordTiming': True}}
 PANEL = 'window.jupyterapp.shell.currentWidget'
 # What the notebook's own model and the kernel's connection say; cells out of sight are not in the page.
