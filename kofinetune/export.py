@@ -875,8 +875,9 @@ def _evaluated(tok, prompt, wanted, said):
 def _top(said, pieces):
     "The five likeliest first tokens of an answer, where their text says which they are: id -> log p."
     first = said['logprobs'][0]['top_logprobs'] if said.get('logprobs') else []
-    named = [(pieces.get(bytes(t['bytes']), ()), t['logprob']) for t in first]
-    return {ids[0]: value for ids, value in named if len(ids) == 1}
+    texts = [bytes(t['bytes']) for t in first]   # twice the same text: a letter and its byte
+    return {pieces[text][0]: t['logprob'] for text, t in zip(texts, first)
+            if text in pieces and texts.count(text) == 1}
 
 def _said_ids(said, wanted, pieces):
     "The ids of an answer of Ollama's, None where its text does not say which; `wanted` settles a doubt."

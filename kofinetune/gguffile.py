@@ -88,9 +88,8 @@ GEMMA_TOKENIZER = dict(   # tokenizer.json without its vocabulary
     decoder=dict(type='Sequence', decoders=[
         dict(type='Replace', pattern=dict(String='▁'), content=' '),
         dict(type='ByteFallback'), dict(type='Fuse')]),
-    model=dict(type='BPE', dropout=None, unk_token='<unk>',   # noqa: S106  a token, no password
-               continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True,
-               byte_fallback=True, ignore_merges=False))
+    model=dict(type='BPE', dropout=None, unk_token=FIRST[3], continuing_subword_prefix=None,
+               end_of_word_suffix=None, fuse_unk=True, byte_fallback=True, ignore_merges=False))
 
 # %% ../nbs/gguffile.ipynb #a15cd067
 def gguf_merges(
@@ -198,9 +197,8 @@ def _write_settings(folder, config, tokenizer, keys):
     config.save_pretrained(folder)
     GenerationConfig(**{f'{name}_token_id': i for name, i in ids.items()}).save_pretrained(folder)
     special = {f'{name}_token': keys['tokenizer.ggml.tokens'][i] for name, i in ids.items()}
-    special |= dict(unk_token='<unk>')   # noqa: S106  a token, no password
     texts = {'tokenizer.json': tokenizer, 'tokenizer_config.json': special | dict(
-        tokenizer_class='GemmaTokenizer', add_bos_token=True, add_eos_token=False,
+        unk_token=FIRST[3], tokenizer_class='GemmaTokenizer', add_bos_token=True, add_eos_token=False,
         clean_up_tokenization_spaces=False, model_max_length=config.max_position_embeddings)}
     files = {name: json.dumps(value, ensure_ascii=False) for name, value in texts.items()}
     if template := keys.get('tokenizer.chat_template'): files['chat_template.jinja'] = template

@@ -76,11 +76,11 @@ def test_without_network_the_download_fails_in_one_line(tmp_path):
 
 def test_without_the_hubs_licence_training_says_what_to_do(tmp_path):
     assert kofinetune('data', cwd=tmp_path).returncode == 0
-    seen = kofinetune('train', '--run', 'runs/rehearsal', '--set', 'base=google/gemma-3-270m',
+    seen = kofinetune('train', '--run', 'runs/laptop', '--set', 'base=google/gemma-3-270m',
                       '--set', f'revision={GEMMA["revision"]}', cwd=tmp_path,
                       HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path/'hub'))
     assert seen.returncode == 1 and 'hf auth login' in seen.stderr and 'huggingface.co/google/gemma-3-270m' in seen.stderr
-    assert 'Traceback' not in seen.stderr and not (tmp_path/'runs'/'rehearsal'/'adapter').exists()
+    assert 'Traceback' not in seen.stderr and not (tmp_path/'runs'/'laptop'/'adapter').exists()
 
 
 def test_a_later_command_takes_the_runs_own_recipe(tmp_path):

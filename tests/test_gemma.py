@@ -101,7 +101,7 @@ def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
 
 
 def test_every_text_that_ollama_prints_names_one_id_or_none(tok):
-    "110 texts of the vocabulary belong to two ids, and U+FFFD to a piece of any letter: what they mean is not known, and not compared."
+    "110 texts of the vocabulary belong to two ids, and U+FFFD to a piece of any letter: where it is not known which is meant, nothing is compared."
     from kofinetune.export import CUT, _pieces, _said_ids, _top
     pieces, texts = _pieces(tok), tok.convert_ids_to_tokens(range(len(tok)))
     doubtful = {data: ids for data, ids in pieces.items() if len(ids) > 1}
@@ -110,6 +110,8 @@ def test_every_text_that_ollama_prints_names_one_id_or_none(tok):
     def piece(data, logp): return dict(bytes=list(data), logprob=logp)
     said = dict(logprobs=[dict(bytes=list('서울'.encode()), top_logprobs=[piece('서울'.encode(), -.1), piece(CUT, -2.), piece(b'\n', -3.)])])
     seoul = tok.convert_tokens_to_ids('서울')
+    assert _top(said, pieces) == {seoul: -.1, 107: -3.}
+    said['logprobs'][0]['top_logprobs'].append(piece(b'\n', -4.))       # which of the two is the letter?
     assert _top(said, pieces) == {seoul: -.1}
     said['logprobs'] += [dict(bytes=list(CUT)), dict(bytes=list(b'\n'))]
     assert _said_ids(said, [seoul, 473, 248], pieces) == [seoul, None, 248]

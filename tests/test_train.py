@@ -22,7 +22,7 @@ def test_graded_tokens_are_the_answer_and_its_terminator_for_every_real_row(koal
         assert example['input_ids'][:len(prompt)] == prompt and example['labels'][:len(prompt)] == [-100] * len(prompt)
         assert example['input_ids'][len(prompt):] == graded
         assert graded[-1] == tok.eos_token_id and graded.count(tok.eos_token_id) == 1
-        assert tok.decode(graded[:-1]) == row['output']
+        assert tok.decode(graded[:-1]) == row['output'] + ('\n' if style == 'blog' else '')     # the post's newline
         assert example['input_ids'].count(tok.bos_token_id) == 1 and example['input_ids'][0] == tok.bos_token_id
 
 
