@@ -160,7 +160,7 @@ def base_bytes(
 GGUF_SHARE = dict(bf16=1, f16=1, q8_0=.54)   # of the weights in 16 bits
 
 def room_needed(
-    recipe: Recipe,  # base, quant, adapter, gguf
+    recipe: Recipe,  # base, quant, adapter, batch_size, max_length, gguf
 ) -> dict:           # bytes: disk of the run, cache of the base, memory
     "Work out what a run of `recipe` needs."
     size, whole = base_bytes(recipe.base), recipe.adapter == 'none'
@@ -169,8 +169,9 @@ def room_needed(
     disk = size * (ways + kept + sum(GGUF_SHARE[kind] for kind in recipe.gguf))
     packed = PACKAGED.get(recipe.base, {}).get('bytes', 0)
     cache = 0 if recipe.base == 'rehearsal' else size + packed + 2e7
+    activations = .0035 * size * recipe.batch_size * recipe.max_length   # for each token
     return dict(disk=int(disk + 2e7), cache=int(cache),
-                memory=int(1.2e9 + size * (14 if whole else 6)))
+                memory=int(1.2e9 + size * (14 if whole else 4) + activations))
 
 def check_room(
     recipe: Recipe,  # what shall be run
