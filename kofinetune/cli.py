@@ -89,13 +89,17 @@ DebugOption = Annotated[bool, typer.Option('--debug', help='Show the traceback o
 RunArgument = Annotated[Path, typer.Argument(metavar='RUN', help='A finished run folder.')]
 
 # %% ../nbs/b_cli.ipynb #2c3c0f34
+def _is_missing(run, names, force):
+    "Say whether a stage of `run` is still to be made; a finished run needs no room."
+    return force or not set(names) <= set(read_manifest(run)['stages'])
+
 def _stage_command(name, what):
     "Add the command of one stage."
     def command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
                 force: ForceOption = False, debug: DebugOption = False):
         from kofinetune.base import check_room
         chosen, where = resolve(recipe, run, settings)
-        if name == 'train': check_room(chosen, where)
+        if name == 'train' and _is_missing(where, ['adapter'], force): check_room(chosen, where)
         stage_function(name)(chosen, where, force=force)
         if rank() == 0: typer.echo(f'{name}: done, {where}')
     app.command(name, help=what)(command)
@@ -108,7 +112,7 @@ def run_all(recipe: RecipeOption = None, run: RunOption = None, settings: SetOpt
     from kofinetune.export import check_name
     chosen, where = resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')    # now, not after the training
-    check_room(chosen, where)
+    if _is_missing(where, STAGES, force): check_room(chosen, where)
     with nullcontext() if rank() else run_lock(where):      # held between the stages too
         for number, name in enumerate(COMMANDS.values(), 1):
             typer.echo(f'[{number}/{len(COMMANDS)}] {name}')
@@ -171,7 +175,6 @@ def summary(
     run: Path,  # a finished run
 ):
     "Print the closing tables, and the lines to type next."
-    from kofinetune.base import base_note
     from rich.console import Console
     from rich.table import Table
     run, stages = Path(run), read_manifest(run)['stages']
@@ -191,7 +194,7 @@ def summary(
     name = made['name'].removesuffix(':latest')
     asked = next((row for row in evaluated if not row['input']), evaluated[0])
     question = json.dumps(asked['instruction'], ensure_ascii=False)
-    for line in (base_note(Recipe.load(run/'recipe.json').base), f'Report:   {run}/eval/report.md',
+    for line in (report['base_note'], f'Report:   {run}/eval/report.md',
                  *([] if made['registered'] else
                    [f'Register: ollama create {name} -f {run}/ollama/Modelfile']),
                  f'Ask it:   ollama run {name} {question}'): typer.echo(line)
@@ -489,10 +492,11 @@ def _terms(recipe):
 
 def _made_of(recipe, record):
     "Say what the model was made of."
-    from kofinetune.base import base_name, base_note
+    from kofinetune.base import base_name
     data = record['stages']['data']['result']
     base = base_name(recipe.base) + (f' at revision {recipe.revision}' if recipe.revision else '')
-    base += f'. {base_note(recipe.base)}' if base_note(recipe.base) else ''
+    known = record['stages']['eval']['result']['base_note']
+    base += f'. {known}' if known else ''
     return '\n'.join([f'- {data["train"]:,} rows to train on, {data["valid"]:,} held out, '
                       f'of {data["rows"]:,}',
                       f'- base: {base}', *(f'- {" ".join(text.split())}'
@@ -500,7 +504,6 @@ def _made_of(recipe, record):
 
 def _limits(recipe, report, judged, what):
     "List what the numbers do not say."
-    from kofinetune.base import base_note
     limits = ['Trained on single questions with one answer each: '
               'it has no memory of earlier turns.',
               'Another prompt than the one above was not trained and was not measured.',
@@ -511,7 +514,7 @@ def _limits(recipe, report, judged, what):
     if recipe.base == 'rehearsal':
         limits.insert(0, 'The base is a stand-in made in a minute. The numbers show that the '
                          'method works, and say nothing of the quality of Gemma.')
-    elif base_note(recipe.base): limits.insert(0, base_note(recipe.base))
+    elif report['base_note']: limits.insert(0, report['base_note'])
     if recipe.source.startswith('koalpaca'):
         limits.append('The answers of KoAlpaca were written by a language model, '
                       'and some are wrong.')

@@ -374,7 +374,8 @@ def evaluate(
         rows, held_out = _judged_rows(recipe, run)
         models, scored, answers = _judge_models(settle_dtype(recipe, run), run, rows)
         report = dict(rows=len(rows), held_out=held_out, recipe=recipe.name,
-                      base=base_name(recipe.base), base_note=base_note(recipe.base), models=models, differences=_differences(scored, recipe.seed),
+                      base=base_name(recipe.base), base_note=base_note(recipe.base),
+                      models=models, differences=_differences(scored, recipe.seed),
                       training=_training(run)) | _cases(rows, answers)
         write_json(report, folder/'report.json')
         write_jsonl([row | {name: made[i]['answer'] for name, made in answers.items()}

@@ -245,3 +245,15 @@ def test_the_lock_names_every_part_with_its_hash():
     for name in (about['package'], *(f'{about["package"]}-part{n}' for n in range(1, 5))):
         found = lock.split(f'\n{name}==1.0.0', 1)
         assert len(found) == 2 and '--hash=sha256:' in found[1].split('\n')[1]
+
+
+def test_a_finished_run_asks_for_no_room(rehearsal_run, tmp_path, monkeypatch):
+    "The same command again, on a full disk: nothing is made, so nothing is refused; with --force it is."
+    from kofinetune import cli
+    monkeypatch.setattr(base, 'base_bytes', lambda name: 1 << 60)
+    monkeypatch.setattr(sys, 'argv', ['kofinetune', 'run', '--recipe', 'rehearsal', '--run', str(rehearsal_run)])
+    try: cli.main()
+    except SystemExit as e: assert not e.code
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--force'])
+    with pytest.raises(SystemExit) as e: cli.main()
+    assert e.value.code == 1
