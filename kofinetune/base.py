@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'TERMS', 'LAYOUT', 'GGUF_SHARE', 'packaged_files', 'join_parts', 'gguf_id', 'unpacked', 'unpacked_note',
-           'base_path', 'base_name', 'is_gemma', 'base_note', 'base_bytes', 'room_needed', 'check_room', 'free_memory']
+           'base_path', 'base_name', 'is_gemma', 'base_note', 'base_bytes', 'room_needed', 'check_room', 'free_memory',
+           'peak_memory']
 
 # %% ../nbs/base.ipynb #7cbdcb3f
-import ctypes, gc, hashlib, json, platform, re, shutil
+import ctypes, gc, hashlib, json, platform, re, shutil, sys
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -184,8 +185,11 @@ def check_room(
     if known and (cache/f'gguf-{known["sha256"][:16]}-{LAYOUT}').is_dir(): need['cache'] = 0
     elif known: packaged_files(recipe.base)
     elif not is_gguf(recipe.base): need['cache'] = 0       # the Hub's own cache, or a folder
-    for place, wanted in ((Path(run), need['disk']), (cache, need['cache'])):
-        there = next(p for p in (place, *place.absolute().parents) if p.is_dir())
+    places = [(Path(run), need['disk']), (cache, need['cache'])]
+    disks = [_disk(place) for place, _ in places]
+    if disks[0].stat().st_dev == disks[1].stat().st_dev:
+        places = [(Path(run), need['disk'] + need['cache'])]
+    for (place, wanted), there in zip(places, disks):
         if (free := shutil.disk_usage(there).free) < wanted:
             raise RuntimeError(f'{place} needs about {wanted / 1e9:.1f} GB and its disk has '
                                f'{free / 1e9:.1f} GB free; make room, or choose another place with '
@@ -196,6 +200,8 @@ def check_room(
                            f'memory and {free / 1e9:.1f} GB are free; close other programs, or '
                            'rehearse on a stand-in: --recipe rehearsal')
 
+def _disk(place): return next(p for p in (place, *place.absolute().parents) if p.is_dir())
+
 def _has_gpu():
     import torch
     return torch.cuda.is_available()
@@ -204,3 +210,14 @@ def free_memory():
     "Return freed memory to the system: peft's models refer to themselves, and glibc keeps memory."
     gc.collect()
     if platform.libc_ver()[0] == 'glibc': ctypes.CDLL(None).malloc_trim(0)
+
+def peak_memory() -> int:
+    "Read the most memory in bytes that this process has held so far."
+    status = Path('/proc/self/status')   # `ru_maxrss` would begin with what the parent held
+    if status.is_file():
+        return int(re.search(r'VmHWM:\s*(\d+)', status.read_text(encoding='utf-8'))[1]) * 1024
+    if sys.platform == 'win32':
+        import psutil
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss   # macOS: bytes

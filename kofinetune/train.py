@@ -11,14 +11,14 @@ __all__ = ['PICKLES', 'SEAL', 'CALIBRATION', 'NEED_MORE', 'pick_device', 'faster
            'plot_loss', 'load_tuned', 'answer_one']
 
 # %% ../nbs/01_qlora_train.ipynb #a6a997e0
-import json, logging, math, os, platform, re, resource, shutil, tempfile, time
+import json, logging, math, os, platform, re, shutil, tempfile, time
 from functools import lru_cache
 from pathlib import Path
 
 from .data import (GEMMA, Recipe, _difference, file_hashes, format_answer, format_prompt,
                              need, note, rank, read_jsonl, read_manifest, stage, stage_inputs,
                              world_size, write_json, write_jsonl)
-from .base import base_name, base_path
+from .base import base_name, base_path, peak_memory
 
 # it misses a kernel that is not used here
 logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)
@@ -743,8 +743,7 @@ def _metrics(metrics, log, dataset):
     cuda = torch.cuda.is_available()
     last = [entry for entry in log if 'mean_token_accuracy' in entry][-1]
     tokens, seconds = int(last['num_tokens']), metrics['train_runtime']
-    peak = torch.cuda.max_memory_allocated() if cuda else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     device = torch.cuda.get_device_name() if cuda else \
         f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     return {k: v for k, v in metrics.items() if k != 'total_flos'} | dict(
