@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile tests
 
 faults: $(READY)
-	$(BIN)/python benchmarks/faults.py --json benchmarks/results/faults.json
+	$(BIN)/python benchmarks/faults.py --gemma 3 --json benchmarks/results/faults.json
 
 check: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/check

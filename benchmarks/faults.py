@@ -1,7 +1,7 @@
 """Break every stage in every way we can think of, give the same command again, and compare with a run that nothing disturbed.
 
     make faults
-    python benchmarks/faults.py --json benchmarks/results/faults.json [--kills 20] [--signals 1] [--stages data,train] [--seed 0] [--quick]
+    python benchmarks/faults.py --json benchmarks/results/faults.json [--kills 20] [--gemma 3] [--signals 1] [--stages data,train] [--seed 0] [--quick]
 
 A fault is survived when the command that was broken ends as it should (killed, or one line that says what to do), the same command
 again ends with 0, the stage's files are byte for byte those of the undisturbed run (but for the seconds that training took), the
@@ -11,7 +11,7 @@ The command runs in processes forked from this one, which has imported everythin
 tmpfs, which only root can mount; without it, RLIMIT_FSIZE and chmod stand in. The last line printed is the JSON that is written;
 a table goes to a .md file beside it.
 """
-import argparse, contextlib, hashlib, json, os, platform, random, re, resource, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
+import argparse, contextlib, copy, hashlib, json, os, platform, random, re, resource, shutil, signal, subprocess, sys, tempfile, threading, time, traceback
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -21,11 +21,13 @@ os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
 from kofinetune import cli, data
+from kofinetune.base import packaged_files
 from kofinetune.data import COMMANDS, file_hashes, load_rows, working_on, write_json, write_jsonl
 
 FOLDERS = {command: name for name, command in COMMANDS.items()}
 SETTINGS = dict(rows=44, valid_rows=6, epochs=1.0, max_length=64, grad_accum=2, save_steps=2, lora_r=4, lora_dropout=.1,
                 max_new_tokens=8, gguf='q8_0')
+GEMMA_SETTINGS = dict(rows=240, valid_rows=20, epochs=1.0, save_steps=.25, gguf='q8_0')   # of the recipe laptop
 SECONDS = {'train_runtime', 'train_samples_per_second', 'train_steps_per_second', 'eval_runtime', 'eval_samples_per_second',
            'eval_steps_per_second', 'predicted_seconds', 'tokens_per_second', 'peak_memory_bytes'}   # what no two trainings share
 NOBODY = '127.0.0.1:9'   # where no Ollama answers
@@ -642,6 +644,37 @@ def ollama_faults(bench, program, names, quick):
         proxy.server.shutdown()
 
 
+def gemma_kills(bench, chance, times):
+    "Real Gemma, the command in a process of its own: train, merge and export are killed at drawn moments, and given again."
+    env = {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'}
+    settings = [f'--set={k}={v}' for k, v in GEMMA_SETTINGS.items()]
+    def start(command, run):
+        return subprocess.Popen([sys.executable, '-m', 'kofinetune.cli', command, '--recipe', 'laptop', '--run', str(run), *settings],
+                                env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    real, seconds = copy.copy(bench), {}
+    real.whole = bench.work/'gemma'
+    for command in ('data', 'train', 'merge', 'export'):
+        began, process = time.monotonic(), start(command, real.whole)
+        said, _ = process.communicate()
+        if process.returncode: raise SystemExit(f'the undisturbed {command} of Gemma failed:\n{said}')
+        seconds[command] = time.monotonic() - began
+    real.cached = real.cache()
+    print('Gemma undisturbed, seconds: ' + ', '.join(f'{c} {s:.0f}' for c, s in seconds.items()), flush=True)
+    for command in ('train', 'merge', 'export'):
+        for number in range(times):
+            moment = seconds[command] * (number + chance.random()) / times
+            run = real.fresh(command, bench.work/'run')
+            earlier, process = real.touched(command, run), start(command, run)
+            with contextlib.suppress(subprocess.TimeoutExpired): process.wait(moment)
+            process.kill()
+            process.communicate()
+            wrong, again = [] if process.returncode == -9 else ['not killed'], start(command, run)
+            said, _ = again.communicate()
+            wrong += [f'the same command again ends with {again.returncode}: {said[-800:]}'] if again.returncode else real.judge(command, run, earlier)
+            bench.record(f'{command}, Gemma 3 270M', 'kill -9 at a drawn moment', wrong, '', f'{moment:.0f} of {seconds[command]:.0f} s')
+            print(f'Gemma: {command} killed after {moment:.0f} s, {wrong or "survived"}', flush=True)
+
+
 def table(report):
     "The report as Markdown."
     cell = lambda text: str(text).replace('|', '\\|').replace('\n', ' ')
@@ -662,6 +695,7 @@ def main():
     parser.add_argument('--signals', type=int, default=1, help='of each other fault of each stage')
     parser.add_argument('--stages', default=','.join(COMMANDS.values()))
     parser.add_argument('--quick', action='store_true', help='one fault of each kind, and not all kinds for all stages: two minutes')
+    parser.add_argument('--gemma', type=int, default=0, help='kills of each of train, merge and export on real Gemma (the extra gemma): half an hour')
     parser.add_argument('--only', default='', help='a part of the names of the faults to try')
     parser.add_argument('--ollama', default='', help='the ollama program; empty: look for it; none: leave it out')
     args = parser.parse_args()
@@ -697,6 +731,11 @@ def main():
             part('large', large_source, chance, max(1, kills_each // 2))
             part('download', downloads, chance)
         if 'train' in wanted: part('hub', hub_download)
+        if args.gemma:
+            try: packaged_files('gemma-3-270m-q4')
+            except FileNotFoundError as e: not_tried.append(f'real Gemma ({e})')
+            else: part('gemma', gemma_kills, random.Random(f'{args.seed} gemma'), args.gemma)
+        else: not_tried.append('real Gemma; with --gemma 3')
         if 'export' in wanted and program == 'none': not_tried.append('Ollama, whose program was not found')
         elif 'export' in wanted: part('ollama', ollama_faults, program, dict(list(OLLAMA_FAULTS.items())[:1 if args.quick else None]), args.quick)
     rows = bench.rows

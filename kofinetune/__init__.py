@@ -1,1 +1,21 @@
+"""Fine-tune a small language model in Korean, serve it with Ollama, and measure what changed.
+
+The names of `__all__` are imported from their modules when they are first used: `from kofinetune import Recipe, finetune`.
+This is the one file of the package that no notebook exports; tests/test_package.py holds it.
+"""
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_MODULES = dict(Recipe='data', prepare='data', read_rows='data', format_prompt='data', finetune='train', load_tuned='train',
+                merge_adapter='merge', export_ollama='export', evaluate='eval', generate='eval', read_run='eval', compare_runs='eval')
+__all__ = list(_MODULES)
+
+
+def __getattr__(name):
+    if name not in _MODULES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    globals()[name] = found = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
+    return found
+
+
+def __dir__(): return sorted({*globals(), *_MODULES})

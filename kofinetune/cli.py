@@ -10,7 +10,7 @@ __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'Debu
            'model_card', 'push_run', 'hub_trouble', 'push', 'Interrupted', 'main']
 
 # %% ../nbs/b_cli.ipynb #c172d078
-import json, os, re, shlex, signal, sys, time, warnings
+import json, os, re, shlex, signal, sys, tempfile, time, warnings
 from contextlib import nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from .data import (COMMANDS, PRESETS, STAGES, Recipe, file_faults, format_prompt, nearest,
-                             need, rank, read_jsonl, read_manifest, run_lock, without_secrets,
+                             need, quiet, rank, read_jsonl, read_manifest, run_lock, without_secrets,
                              working_on, world_size)
 
 # %% ../nbs/b_cli.ipynb #6a0def58
@@ -267,11 +267,18 @@ def follow_log(
 def estimate_command(recipe: RecipeOption = None, run: RunOption = None, settings: SetOption = [],
                      debug: DebugOption = False):
     "Tokens, steps, memory and time of the training, before spending them."
+    from kofinetune.base import check_room
     from kofinetune.data import prepare
     from kofinetune.train import estimate
     chosen, where = resolve(recipe, run, settings)
-    prepare(chosen, where)
-    for key, value in estimate(chosen, where).items(): typer.echo(f'{key:>22}  {value:,}')
+    check_room(chosen, where)
+    with tempfile.TemporaryDirectory() as folder:           # no run folder is left behind
+        if 'data' not in read_manifest(where)['stages']: where = Path(folder)/'run'
+        prepare(chosen, where)
+        counts = estimate(chosen, where)
+    for key, value in counts.items():
+        typer.echo(f'{key:>22}  {value:,}' if isinstance(value, (int, float)) else
+                   f'{key:>22}  {value}')
 
 @app.command('ask')
 def ask(run: RunArgument, question: Annotated[str, typer.Argument(help='The instruction.')],
@@ -287,11 +294,14 @@ def ask(run: RunArgument, question: Annotated[str, typer.Argument(help='The inst
         typer.echo(f'{name}: {answer_one(model, tok, row, chosen.style, chosen.max_new_tokens)}')
 
 @app.command('verify')
-def verify(run: RunArgument, debug: DebugOption = False):
-    "The export's proofs again: its files, and what a running Ollama serves. Exit code 1 when one fails."
+def verify(run: RunArgument,
+           everything: Annotated[bool, typer.Option(
+               '--all', help='Prove the files on llama.cpp too, and render every packaged row.')] = False,
+           debug: DebugOption = False):
+    "What a running Ollama serves, proved again; its files where none does. Exit code 1 on a failure."
     from kofinetune.export import PARTS, verify_run
     need(run, 'ollama', whole=False)
-    proof = verify_run(Recipe.load(run/'recipe.json'), run)
+    with quiet(run, 'ollama'): proof = verify_run(Recipe.load(run/'recipe.json'), run, everything)
     for part in PARTS:
         typer.echo(f'{part:>8}  ' + ', '.join(f'{k} {v}'
                                               for k, v in proof[part].items() if k != 'examples'))

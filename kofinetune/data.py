@@ -6,24 +6,25 @@
 __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'STYLES', 'FIELDS', 'SURROGATE', 'ODD', 'STRANGE',
            'LONG', 'SOURCES', 'NO_INPUT', 'NO_TEXT', 'HEADINGS', 'NUMBERS', 'ASIDE', 'FICTION', 'POLITE', 'PLAIN',
            'FOREIGN', 'ASKS_FOREIGN', 'OPEN_END', 'DETECTORS', 'FILE_DETECTORS', 'PROJECTIONS', 'GEMMA', 'SURE_FLAGS',
-           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'SECRET', 'FULL', 'READ_ONLY', 'LARGE', 'SCANNED',
-           'format_prompt', 'format_answer', 'text_fault', 'row_faults', 'check_row', 'row_notes', 'iter_rows',
-           'validate_rows', 'read_rows', 'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch', 'load_rows',
-           'source_path', 'file_ids', 'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul',
+           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'SECRET', 'STAGE', 'CHATTY', 'FULL', 'READ_ONLY', 'LARGE',
+           'SCANNED', 'format_prompt', 'format_answer', 'text_fault', 'row_faults', 'check_row', 'row_notes',
+           'iter_rows', 'validate_rows', 'read_rows', 'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch',
+           'load_rows', 'source_path', 'file_ids', 'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul',
            'echoes_question', 'no_input_answer', 'placeholder_input', 'prompt_marker', 'odd_number', 'speech_levels',
            'mixed_speech', 'foreign_share', 'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles',
            'overlap', 'similar_pairs', 'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck',
            'astray_batches', 'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row',
            'row_text', 'contamination', 'split_rows', 'Recipe', 'nearest', 'stage_fields', 'read_manifest',
            'check_inside', 'write_json', 'file_hashes', 'rank', 'world_size', 'run_lock', 'working_on', 'file_faults',
-           'need', 'stage_inputs', 'stage', 'without_secrets', 'note', 'sweep', 'prepare', 'file_parts', 'hash60',
-           'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
+           'need', 'stage_inputs', 'stage', 'without_secrets', 'note', 'quiet', 'progress', 'sweep', 'prepare',
+           'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
 
 # %% ../nbs/00_data.ipynb #dac5a8f1
-import csv, difflib, errno, hashlib, io, json, math, os, random, re, shutil, signal, time, tomllib
-import unicodedata, zlib
+import csv, difflib, errno, hashlib, io, json, logging, math, os, random, re, shutil, signal, sys
+import time, tomllib, unicodedata, warnings, zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
@@ -693,7 +694,8 @@ def audit(
     "Flag the rows that may teach the wrong thing, with `DETECTORS` and `FILE_DETECTORS`."
     flags = {name: [i for i, row in enumerate(rows) if found(row)]
              for name, found in DETECTORS.items()}
-    return flags | {name: found(rows) for name, found in FILE_DETECTORS.items()}
+    return flags | {name: found(rows)
+                    for name, found in progress(FILE_DETECTORS.items(), 'auditing')}
 
 def audit_summary(
     flags: dict[str, list[int]],  # what `audit` returned
@@ -844,6 +846,7 @@ class Recipe:
     num_ctx: int = 2048          # tokens of prompt and answer that Ollama keeps in view
     # eval
     eval_rows: int = 0           # held-out rows to judge on; 0 takes all
+    answer_rows: int = 100       # of those, drawn rows that every model answers; 0: all
 
     def __post_init__(self): _check_recipe(self)
 
@@ -874,7 +877,8 @@ _CHOICES = dict(report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=STY
                 dtype=('auto', 'bf16', 'fp32'),
                 merge=('auto', '16-bit', 'nf4'))
 _LEAST = dict(rows=0, valid_rows=0, seed=0, lora_r=1, lora_alpha=1, max_length=8, batch_size=1,
-              grad_accum=1, max_new_tokens=1, num_ctx=64, eval_rows=0, weight_decay=0,
+              grad_accum=1, max_new_tokens=1, num_ctx=64, eval_rows=0, answer_rows=0,
+              weight_decay=0,
               temperature=0, neftune_noise_alpha=0, early_stopping_patience=0)
 
 def _check_recipe(r):
@@ -945,13 +949,14 @@ SURE_FLAGS = (   # right in nine of ten rows that were read
 PRESETS = {
     'laptop': dict(name='laptop', base='gemma-3-270m-q4', quant='none', max_length=256, epochs=2.0,
                    batch_size=2, grad_accum=1, learning_rate=1e-3, save_steps=0.5,
-                   max_new_tokens=48, num_ctx=512),
+                   max_new_tokens=32, num_ctx=512, answer_rows=0),
     'best': GEMMA | dict(name='best', source='koalpaca-v1.0', valid_rows=1000, drop=SURE_FLAGS),
     'blog': GEMMA | dict(name='blog', source='koalpaca-v1.0', valid_rows=0, drop=(),
                          normalize=False, style='blog', lora_r=8, lora_alpha=8, dequantize=False,
                          loss='whole', packing=False, lr_scheduler='linear', warmup=0.0),
     'rehearsal': dict(max_length=256, epochs=4.0, batch_size=1, grad_accum=1, learning_rate=3e-3,
-                      save_steps=0.2, dtype='fp32', max_new_tokens=48, num_ctx=512),
+                      save_steps=0.2, dtype='fp32', max_new_tokens=48, num_ctx=512,
+                      answer_rows=0),
 }
 
 def nearest(
@@ -1199,7 +1204,7 @@ def _make(recipe, run, name, make, manifest, inputs, scaffold):
     note(run, f'{name}: begun, process {os.getpid()}')
     try:
         temporary.mkdir()
-        result = make(temporary)
+        with quiet(run, name): result = make(temporary)
         # vouches for nothing half replaced
         if manifest['stages'].pop(name, None): write_json(manifest, run/'manifest.json')
         if (run/name).exists(): os.replace(run/name, run/f'.{name}.old')
@@ -1251,6 +1256,59 @@ def note(
     with suppress(OSError):
         if (Path(run)/'manifest.json').is_file():
             with (Path(run)/'log.txt').open('a', encoding='utf-8', newline='\n') as f: f.write(line)
+
+STAGE = ContextVar('STAGE', default='')   # the command whose stage is being made
+CHATTY = ('transformers', 'datasets', 'trl', 'peft', 'accelerate', 'bitsandbytes')
+
+@contextmanager
+def quiet(
+    run: Path,   # a run folder
+    name: str,   # the stage that is made
+):
+    "Send what libraries log and warn of to `run/log.txt`, and hide their progress bars."
+    handler = logging.Handler()
+    handler.emit = lambda record: note(run, f'{record.name}: {record.getMessage()}')
+    show_bars = (lambda: None) if name == 'data' else _hide_bars()   # no model is loaded there
+    before = {logger: (logger.handlers, logger.propagate, logger.level)
+              for logger in map(logging.getLogger, CHATTY)}
+    for logger in before:
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)
+    token = STAGE.set(COMMANDS[name])
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, kind, *_: note(run, f'{kind.__name__}: {message}')
+            yield
+    finally:
+        STAGE.reset(token)
+        show_bars()
+        for logger, (logger.handlers, logger.propagate, level) in before.items():
+            logger.setLevel(level)
+
+def _hide_bars():
+    "Hide the bars of transformers and datasets; a download from the Hub keeps its own."
+    import datasets
+    from transformers.utils import logging as theirs
+    hook = theirs.set_tqdm_hook(lambda make, args, options: theirs.EmptyTqdm(*args, **options))
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    def show():
+        theirs.set_tqdm_hook(hook)
+        if not hidden: datasets.enable_progress_bars()
+    return show
+
+def progress(
+    items = None,             # what is gone through, with a length
+    what: str = '',           # is done with them
+    total: int | None = None,  # how many, where there are no `items`
+    **more,                   # for tqdm
+):                            # a tqdm: goes through `items`; update(n), set_postfix_str(text)
+    "Open a progress bar on a terminal or in a notebook, and elsewhere one that shows nothing."
+    from tqdm import tqdm
+    shown = {} if 'ipykernel' in sys.modules else dict(disable=None)   # None: where no terminal is
+    if rank(): shown = dict(disable=True)
+    return tqdm(items, ' '.join(filter(None, (STAGE.get(), what))), total, leave=False,
+                mininterval=.5, dynamic_ncols=True, **shown, **more)
 
 def _now(): return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
 

@@ -11,8 +11,8 @@ __all__ = ['TOKENIZER_FILES', 'MEASURED', 'merge_into', 'through_nf4', 'answer_s
 import json, shutil
 from pathlib import Path
 
-from .data import (Recipe, need, note, read_jsonl, read_manifest, stage, stage_fields,
-                             write_json)
+from .data import (Recipe, need, note, progress, read_jsonl, read_manifest, stage,
+                             stage_fields, write_json)
 from .base import base_path, free_memory
 from .train import encode, load_base, load_tuned, refuse_pickles, settle_dtype
 
@@ -71,7 +71,7 @@ def answer_states(
     "Keep what `model` makes of every answer token of `rows`. Raises ValueError where no row fits."
     import torch
     kept = dict(states=[], labels=[], rows=[])
-    for number, row in enumerate(rows):
+    for number, row in enumerate(progress(rows, 'running the model on held-out rows')):
         example = encode(row, tok, style, 'answer', max_length)
         if example is None: continue
         labels = torch.tensor(example['labels'], device=model.device)[1:]
@@ -105,7 +105,7 @@ def compare_answers(
     import torch
     tokens, vocabulary = len(one['labels']), one['head'].weight.shape[0]
     top, mean, kl, losses, step = 0.0, 0.0, 0.0, [], max(1, words // vocabulary)
-    for start in range(0, tokens, step):
+    for start in progress(range(0, tokens, step), 'comparing answer tokens'):
         part = slice(start, start + step)
         a, b = log_probs(one, part), log_probs(two, part)
         wanted = one['labels'][part, None]

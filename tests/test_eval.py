@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kofinetune.data import Recipe, read_jsonl, read_manifest, write_json
-from kofinetune.eval import (REPORT_SCHEMA, answer_nll, evaluate, exact_match, generate, headline, outcome, paired_difference,
+from kofinetune.eval import (REPORT_SCHEMA, answer_nll, compare_runs, evaluate, exact_match, generate, headline, outcome, paired_difference,
                              share_ci, side_by_side, summarize)
 from kofinetune.train import encode
 
@@ -106,6 +106,39 @@ def test_report_counts_what_the_answers_say(report, rehearsal_run):
     assert sum(report['outcomes'].values()) == len(rows) == report['rows']
     assert report['outcomes']['worse'] == sum(outcome(r, r['base'], r['tuned']) == 'worse' for r in rows)
     for e in report['examples']: assert (e['base'], e['tuned']) == (rows[e['row']]['base'], rows[e['row']]['tuned'])
+
+
+def test_a_drawn_part_is_answered_and_every_row_is_scored(report, rehearsal_run, tmp_path):
+    "With answer_rows the same rows are scored to the same numbers, the drawn ones have the same answers, and measures of answers count only them."
+    run = tmp_path/'run'
+    shutil.copytree(rehearsal_run, run, ignore=shutil.ignore_patterns('eval', 'checkpoints'))
+    recipe = Recipe.named('rehearsal').replace(answer_rows=40, eval_rows=90)
+    manifest = json.loads((run/'manifest.json').read_text(encoding='utf-8'))
+    del manifest['stages']['eval']
+    (run/'manifest.json').write_text(json.dumps(manifest), encoding='utf-8')
+    part = evaluate(recipe, run)
+    whole, rows, scores = (read_jsonl(folder/'eval'/f'{name}.jsonl') for folder, name in (
+        (rehearsal_run, 'answers'), (run, 'answers'), (run, 'scores')))
+    asked = [i for i, row in enumerate(rows) if row['base'] is not None]
+    assert (len(rows), len(scores), len(asked), part['rows'], part['answered']) == (90, 90, 40, 90, 40) and asked != list(range(40))
+    assert all(rows[i][name] == whole[i][name] for i in asked for name in MODELS) and all(s[name]['tokens'] for s in scores for name in MODELS)
+    right = [exact_match(rows[i], rows[i]['tuned']) for i in asked]
+    assert part['models']['tuned']['exact_match'] == sum(right) / 40 and sum(part['outcomes'].values()) == 40
+    assert sum(kind['rows'] for kind in part['kinds'].values()) == 40 and {e['row'] for e in part['examples']} <= set(asked)
+    assert headline(part).endswith('of 40 drawn rows.') and 'drawn' not in headline(report)
+    compared = compare_runs([rehearsal_run, run])
+    assert compared['rows'] == 90 and 'exact_match: of 40 rows that every run answered' in compared['notes']
+    assert compared['runs']['run']['exact_match'] == sum(right) / 40 == compared['runs']['rehearsal']['exact_match']
+
+
+def test_answers_that_follow_from_the_scores_are_those_that_are_generated(report, rehearsal_run, merged):
+    "Where the scores say that each wanted token is likelier than any other by more than rounding, nothing was generated."
+    rows, scores = (read_jsonl(rehearsal_run/'eval'/f'{name}.jsonl') for name in ('answers', 'scores'))
+    known = [s['merged']['sure'] == s['merged']['tokens'] for s in scores]
+    assert 150 < sum(known) < len(rows)      # some, and not all
+    made = generate(*merged, rows)
+    assert [a['answer'] for a in made] == [row['merged'] for row in rows]
+    assert all(a['stopped'] for a, sure in zip(made, known) if sure) and all(s['merged']['sure'] <= s['merged']['correct'] for s in scores)
 
 
 def test_worse_answers_are_shown_first_and_no_more_than_a_quarter():

@@ -192,10 +192,10 @@ def test_a_model_that_fails_its_proof_gets_no_name(run, tmp_path):
     assert not [m for m in list_models() if m['name'].startswith('never')]
 
 
-def verified(run, monkeypatch, capsys):
+def verified(run, monkeypatch, capsys, *options):
     "`kofinetune verify RUN`, here: exit code, what it says, and verify.json."
     from kofinetune.cli import main
-    monkeypatch.setattr('sys.argv', ['kofinetune', 'verify', str(run)])
+    monkeypatch.setattr('sys.argv', ['kofinetune', 'verify', str(run), *options])
     monkeypatch.setattr(export, 'load_rows', lambda source: load_rows(source)[:20])   # all of them: in 03 and above
     code = 0
     try: main()
@@ -208,8 +208,10 @@ def test_verify_proves_what_is_served_now(run, tmp_path, monkeypatch, capsys):
     copy, client = copied(run, tmp_path), ollama.Client()
     code, out, said = verified(copy, monkeypatch, capsys)
     assert code == 0 and said['failed'] == [] and said['served'] == dict(name=NAME, different=[])
-    assert said['text']['checked'] == 178 and said['greedy']['checked'] == 100 and said['server'] == export.server_version()
-    assert 'text  checked 178, different 0' in out
+    assert said['text']['checked'] == 158 and said['greedy']['checked'] == 100 and said['server'] == export.server_version()
+    assert 'text  checked 158, different 0' in out
+    code, out, said = verified(copy, monkeypatch, capsys, '--all')
+    assert code == 0 and said['failed'] == [] and said['text']['checked'] == 178 and said['files_proved']['q8_0']['greedy']['checked'] == 100
     try:
         client.create(NAME, from_=NAME, template=POST)
         code, out, said = verified(copy, monkeypatch, capsys)
