@@ -694,8 +694,7 @@ def audit(
     "Flag the rows that may teach the wrong thing, with `DETECTORS` and `FILE_DETECTORS`."
     flags = {name: [i for i, row in enumerate(rows) if found(row)]
              for name, found in DETECTORS.items()}
-    return flags | {name: found(rows)
-                    for name, found in progress(FILE_DETECTORS.items(), 'auditing')}
+    return flags | {name: found(rows) for name, found in FILE_DETECTORS.items()}
 
 def audit_summary(
     flags: dict[str, list[int]],  # what `audit` returned
@@ -1376,11 +1375,15 @@ def prepare(
     def make(folder):
         origin = lambda: dict(source=recipe.source, provenance=provenance(recipe.source))
         if _is_large(recipe): return prepare_large(Path(recipe.source), folder, recipe) | origin()
-        rows = load_rows(recipe.source)[:recipe.rows or None]
-        ready = [normalize_row(row) for row in rows] if recipe.normalize else rows
-        kept, report = clean_rows(ready, recipe.drop)
-        pairs = near_pairs(kept) if recipe.valid_rows else ()
-        train, valid = split_rows(kept, recipe.valid_rows, recipe.seed, pairs)
+        with progress(what='rows read, audited, split', total=3) as bar:
+            rows = load_rows(recipe.source)[:recipe.rows or None]
+            ready = [normalize_row(row) for row in rows] if recipe.normalize else rows
+            bar.update()
+            kept, report = clean_rows(ready, recipe.drop)
+            bar.update()
+            pairs = near_pairs(kept) if recipe.valid_rows else ()
+            train, valid = split_rows(kept, recipe.valid_rows, recipe.seed, pairs)
+            bar.update()
         write_jsonl(train, folder/'train.jsonl')
         write_jsonl(valid, folder/'valid.jsonl')
         counts = dict(rows=len(rows), kept=len(kept), reported=len(report['dropped']))

@@ -99,3 +99,15 @@ def test_the_recorded_run_is_of_the_recipe_as_it_is(recorded):
     assert list(recorded['models']) == ['base', 'tuned', 'merged', *(f'gguf-{kind}' for kind in laptop.gguf)]
     per_step = cost['num_tokens'] / cost['steps'] / laptop.batch_size / laptop.grad_accum
     assert .8 * laptop.max_length < per_step <= laptop.max_length       # packed sequences, nearly full
+
+
+def test_the_recorded_costs_of_gemma_are_within_their_limits():
+    "benchmarks/gemma.py on a machine that did nothing else: predictions, evaluation on the way, the proof of what is served, memory."
+    seen = json.loads((ROOT/'benchmarks'/'results'/'gemma.json').read_text(encoding='utf-8'))
+    laptop, machine = seen['laptop'], seen['machine']
+    assert machine['processor'] and machine['cores'] == 2 and seen['versions']['trl']
+    assert laptop['estimate']['seconds'] <= 60 and all(.75 < laptop['estimate'][key] < 1.25 for key in ('of_time', 'of_memory'))
+    assert laptop['training']['held_out_share'] <= .1
+    assert laptop['verify']['seconds'] <= 180 and laptop['verify']['failed'] == [] and laptop['verify']['server'] and laptop['verify']['greedy'] == 40
+    assert max(laptop['run']['peak_memory_bytes'].values()) < 5e9 and laptop['run']['registered']
+    assert laptop['exact_match']['base'] <= .02 and min(share for name, share in laptop['exact_match'].items() if name != 'base') >= .9
