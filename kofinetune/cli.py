@@ -13,6 +13,7 @@ __all__ = ['app', 'RecipeOption', 'RunOption', 'SetOption', 'ForceOption', 'Debu
 import json, os, re, shlex, signal, sys, tempfile, time, warnings
 from contextlib import nullcontext, suppress
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -62,12 +63,8 @@ def stage_function(
     name: str,  # a command: data, train, merge, export, eval
 ):              # the function that does it
     "Import the function of a stage."
-    if name == 'data': from kofinetune.data import prepare as f
-    elif name == 'train': from kofinetune.train import finetune as f
-    elif name == 'merge': from kofinetune.merge import merge_adapter as f
-    elif name == 'export': from kofinetune.export import export_ollama as f
-    else: from kofinetune.eval import evaluate as f
-    return f
+    module, function = next(s.function for s in STAGES.values() if s.command == name).split(':')
+    return getattr(import_module(module), function)
 
 app = typer.Typer(name='kofinetune', no_args_is_help=True, add_completion=False,
                   pretty_exceptions_enable=False,

@@ -6,7 +6,7 @@
 __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'STYLES', 'FIELDS', 'SURROGATE', 'ODD', 'STRANGE',
            'LONG', 'SOURCES', 'NO_INPUT', 'NO_TEXT', 'HEADINGS', 'NUMBERS', 'ASIDE', 'FICTION', 'POLITE', 'PLAIN',
            'FOREIGN', 'ASKS_FOREIGN', 'OPEN_END', 'DETECTORS', 'FILE_DETECTORS', 'PROJECTIONS', 'GEMMA', 'SURE_FLAGS',
-           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'SECRET', 'STAGE', 'CHATTY', 'FULL', 'READ_ONLY', 'LARGE',
+           'PRESETS', 'STAGES', 'COMMANDS', 'VERSIONED', 'SECRET', 'MAKING', 'CHATTY', 'FULL', 'READ_ONLY', 'LARGE',
            'SCANNED', 'format_prompt', 'format_answer', 'text_fault', 'row_faults', 'check_row', 'row_notes',
            'iter_rows', 'validate_rows', 'read_rows', 'write_jsonl', 'read_jsonl', 'git_blob_id', 'cache_dir', 'fetch',
            'load_rows', 'source_path', 'file_ids', 'source_id', 'provenance', 'has_hangul', 'empty_answer', 'no_hangul',
@@ -14,7 +14,7 @@ __all__ = ['INSTRUCTION_HEAD', 'INPUT_HEAD', 'RESPONSE_HEAD', 'SECTION_GAP', 'ST
            'mixed_speech', 'foreign_share', 'code_switching', 'truncated_ending', 'exact_duplicate', 'shingles',
            'overlap', 'similar_pairs', 'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'stray_gaps', 'luck',
            'astray_batches', 'astray_batch', 'length_outlier', 'audit', 'audit_summary', 'clean_rows', 'normalize_row',
-           'row_text', 'contamination', 'split_rows', 'Recipe', 'nearest', 'stage_fields', 'read_manifest',
+           'row_text', 'contamination', 'split_rows', 'Recipe', 'nearest', 'Stage', 'stage_fields', 'read_manifest',
            'check_inside', 'write_json', 'file_hashes', 'rank', 'world_size', 'run_lock', 'working_on', 'file_faults',
            'need', 'stage_inputs', 'stage', 'without_secrets', 'note', 'quiet', 'progress', 'sweep', 'prepare',
            'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out', 'prepare_large', 'write_split']
@@ -30,6 +30,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 # %% ../nbs/00_data.ipynb #b009fdef
 INSTRUCTION_HEAD = '### Instruction:\n'
@@ -796,23 +797,29 @@ PROJECTIONS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', '
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a run. A field's comment is its documentation, and the command's help."
+    # what people change first
     name: str = 'rehearsal'      # what the run is called; the default run folder is runs/<name>
-    report_to: str = 'none'      # where losses are sent too: none, tensorboard, trackio or wandb
-    # data
+    base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a name on the Hub, rehearsal
     source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file's path
+    style: str = 'alpaca'        # blog: always an Input section; alpaca: left out when it is empty
     rows: int = 0                # take the first so many rows; 0 takes all
     valid_rows: int = 250        # rows held out of training
+    epochs: float = 3.0          # passes over the training rows
+    learning_rate: float = 2e-4  # the highest learning rate
+    lora_r: int = 16             # rank of the adapter's two matrices
+    max_length: int = 512        # tokens in a sequence; longer rows are left out (blog: cut)
+    batch_size: int = 4          # sequences a device works on at once
+    gguf: tuple[str, ...] = ('bf16', 'q8_0')  # the files to write; Ollama serves the last
+    ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
+    # data
     drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # audit flags whose rows go
     normalize: bool = True       # compose Hangul to NFC and strip white space around each text
     seed: int = 42               # decides split, order of rows and the adapter's first weights
     # train
-    style: str = 'alpaca'        # blog: always an Input section; alpaca: left out when it is empty
-    base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a name on the Hub, rehearsal
     revision: str = ''           # the Hub revision (a commit) of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
     dequantize: bool = True      # unpack an nf4 base once, not at each use: faster, same numbers
     adapter: str = 'lora'        # lora: train an adapter; none: all weights (needs quant none)
-    lora_r: int = 16             # rank of the adapter's two matrices
     lora_alpha: int = 32         # the adapter's output is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0    # share of the adapter's inputs that is zeroed while training
     target_modules: tuple[str, ...] = PROJECTIONS  # matrices with an adapter, or all-linear
@@ -822,11 +829,7 @@ class Recipe:
     neftune_noise_alpha: float = 0.0  # noise on the embeddings (NEFTune), 5 to 15; 0: none
     loss: str = 'answer'         # answer: grade only answer and terminator; whole: the prompt too
     packing: bool = True         # several rows in one sequence, without seeing each other
-    max_length: int = 512        # tokens in a sequence; longer rows are left out (blog: cut)
-    epochs: float = 3.0          # passes over the training rows
-    batch_size: int = 4          # sequences a device works on at once
     grad_accum: int = 4          # batches added up for one optimizer step, over all devices
-    learning_rate: float = 2e-4  # the highest learning rate
     lr_scheduler: str = 'cosine'  # a schedule of transformers: linear, cosine, ...
     warmup: float = 0.03         # share of the steps over which the learning rate rises
     weight_decay: float = 0.0    # AdamW's decay of the trained weights
@@ -838,14 +841,14 @@ class Recipe:
     # merge
     merge: str = 'auto'          # base that takes the adapter: 16-bit, nf4, or auto: the better one
     # export
-    gguf: tuple[str, ...] = ('bf16', 'q8_0')  # the files to write; Ollama serves the last
-    ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
     max_new_tokens: int = 256    # the longest answer, in tokens
     temperature: float = 0.0     # 0: always the likeliest token
     num_ctx: int = 2048          # tokens of prompt and answer that Ollama keeps in view
     # eval
     eval_rows: int = 0           # held-out rows to judge on; 0 takes all
     answer_rows: int = 100       # of those, drawn rows that every model answers; 0: all
+    # watching
+    report_to: str = 'none'      # where losses are sent too: none, tensorboard, trackio or wandb
 
     def __post_init__(self): _check_recipe(self)
 
@@ -998,18 +1001,33 @@ def _load_recipe(path):
     return _make_recipe(_changed(start, {'name': path.stem} | values))
 
 # %% ../nbs/00_data.ipynb #8ada8946
-STAGES = {'data': 'source', 'adapter': 'style', 'merged': 'merge', 'ollama': 'gguf',
-          'eval': 'eval_rows'}
-COMMANDS = {'data': 'data', 'adapter': 'train', 'merged': 'merge', 'ollama': 'export',
-            'eval': 'eval'}
+class Stage(NamedTuple):
+    "What a stage's folder is called on the command line, what makes it, and which fields of the recipe it adds."
+    command: str
+    function: str      # module:function
+    fields: str
+
+STAGES = {   # the stage's folder in the run -> what makes it; each reads the fields of those before it too
+    'data': Stage('data', 'kofinetune.data:prepare', 'source rows valid_rows drop normalize seed'),
+    'adapter': Stage('train', 'kofinetune.train:finetune',
+                     'style base revision quant dequantize adapter lora_r lora_alpha lora_dropout '
+                     'target_modules use_rslora use_dora trainable_token_indices '
+                     'neftune_noise_alpha loss packing max_length epochs batch_size grad_accum '
+                     'learning_rate lr_scheduler warmup weight_decay optim '
+                     'activation_checkpointing save_steps early_stopping_patience dtype'),
+    'merged': Stage('merge', 'kofinetune.merge:merge_adapter', 'merge'),
+    'ollama': Stage('export', 'kofinetune.export:export_ollama',
+                    'gguf ollama_name max_new_tokens temperature num_ctx'),
+    'eval': Stage('eval', 'kofinetune.eval:evaluate', 'eval_rows answer_rows')}
+COMMANDS = {name: made.command for name, made in STAGES.items()}
 
 def stage_fields(
-    name: str,         # a key of STAGES, whose value is the first recipe field that the stage reads
+    name: str,         # a key of STAGES
 ) -> tuple[str, ...]:  # the recipe fields that decide the stage: its own and those of the stages before it
     "List the recipe fields that the stage `name` depends on."
-    names, order = [f.name for f in fields(Recipe)], list(STAGES)
-    later = order[order.index(name) + 1:]
-    return tuple(names[names.index('source'):names.index(STAGES[later[0]]) if later else None])
+    order = list(STAGES)
+    return tuple(field for one in order[:order.index(name) + 1]
+                 for field in STAGES[one].fields.split())
 
 # %% ../nbs/00_data.ipynb #001b1973
 def read_manifest(
@@ -1256,7 +1274,7 @@ def note(
         if (Path(run)/'manifest.json').is_file():
             with (Path(run)/'log.txt').open('a', encoding='utf-8', newline='\n') as f: f.write(line)
 
-STAGE = ContextVar('STAGE', default='')   # the command whose stage is being made
+MAKING = ContextVar('MAKING', default='')   # the command whose stage is being made
 CHATTY = ('transformers', 'datasets', 'trl', 'peft', 'accelerate', 'bitsandbytes')
 
 @contextmanager
@@ -1273,13 +1291,13 @@ def quiet(
     for logger in before:
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.WARNING)
-    token = STAGE.set(COMMANDS[name])
+    token = MAKING.set(COMMANDS[name])
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, kind, *_: note(run, f'{kind.__name__}: {message}')
             yield
     finally:
-        STAGE.reset(token)
+        MAKING.reset(token)
         show_bars()
         for logger, (logger.handlers, logger.propagate, level) in before.items():
             logger.setLevel(level)
@@ -1306,7 +1324,7 @@ def progress(
     from tqdm import tqdm
     shown = {} if 'ipykernel' in sys.modules else dict(disable=None)   # None: where no terminal is
     if rank(): shown = dict(disable=True)
-    return tqdm(items, ' '.join(filter(None, (STAGE.get(), what))), total, leave=False,
+    return tqdm(items, ' '.join(filter(None, (MAKING.get(), what))), total, leave=False,
                 mininterval=.5, dynamic_ncols=True, **shown, **more)
 
 def _now(): return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())

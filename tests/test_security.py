@@ -154,7 +154,7 @@ def test_no_secret_in_a_whole_run_nor_in_what_fails(tmp_path, echo, rehearsal_ru
     (tmp_path/'tmp').mkdir()
     small = ['--set', 'rows=400', '--set', 'valid_rows=20', '--set', 'epochs=0.2', '--set', 'quant=none', '--set', 'report_to=tensorboard',
              '--set', 'gguf=q8_0']
-    ran = kofinetune('run', '--run', 'r', *small, cwd=tmp_path, OLLAMA_HOST='127.0.0.1:9')
+    ran = kofinetune('run', '--recipe', 'rehearsal', '--run', 'r', *small, cwd=tmp_path, OLLAMA_HOST='127.0.0.1:9')
     assert ran.returncode == 0, ran.stderr
     said = [ran.stdout, ran.stderr, *(model_card(tmp_path/'r', what) for what in ('merged', 'adapter', 'gguf'))]
     hub = dict(HF_ENDPOINT=f'http://127.0.0.1:{echo.server_port}', HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='127.0.0.1')
