@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.export import server_version; sys.exit(not server_version())'
+OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.server import server_version; sys.exit(not server_version())'
 
 .PHONY: run test check audit faults docs links po lab lock
 run: $(READY)

@@ -46,7 +46,8 @@ def post_writer(source, target):
 
 def our_writer(source, target):
     "The same file by this project: every row checked, then written."
-    from kofinetune.data import read_rows, write_jsonl
+    from kofinetune.runs import write_jsonl
+    from kofinetune.data import read_rows
     write_jsonl(read_rows(source), target)
 
 
@@ -101,7 +102,8 @@ class PeakMemory:
 
 def one_size(source, processes):
     "Prepare `source` (in a process of its own, so that its peak is its own) and print what it cost."
-    from kofinetune.data import Recipe, prepare_large
+    from kofinetune.recipe import Recipe
+    from kofinetune.data import prepare_large
     import datasets
     datasets.disable_progress_bars()
     recipe = Recipe(valid_rows=1000, drop=('empty_answer', 'exact_duplicate'))

@@ -15,9 +15,12 @@ from pathlib import Path
 
 os.environ['TQDM_DISABLE'] = '1'   # read when tqdm is imported: a log is no terminal
 
-from kofinetune.data import format_prompt, load_rows
-from kofinetune.export import (check_gguf, create_model, fallen_back, modelfile, own_rounding, proof_failures, reference_answers,
-                               serve_gguf, served_file, server_version, verify_gguf, write_gguf)
+from kofinetune.prompt import format_prompt
+from kofinetune.data import load_rows
+from kofinetune.gguffile import check_gguf, write_gguf
+from kofinetune.server import create_model, served_file, server_version
+from kofinetune.proof import own_rounding, proof_failures, reference_answers, serve_gguf, verify_gguf
+from kofinetune.export import fallen_back, modelfile
 from kofinetune.rehearsal import stand_in_base
 
 SHAPE = dict(vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,

@@ -20,9 +20,10 @@ from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
-from kofinetune import cli, data
+from kofinetune import cli, data, runs
 from kofinetune.base import packaged_files
-from kofinetune.data import COMMANDS, file_hashes, load_rows, working_on, write_json, write_jsonl
+from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write_jsonl
+from kofinetune.data import load_rows
 
 FOLDERS = {command: name for name, command in COMMANDS.items()}
 SETTINGS = dict(rows=44, valid_rows=6, epochs=1.0, max_length=64, grad_accum=2, save_steps=2, lora_r=4, lora_dropout=.1,
@@ -40,7 +41,7 @@ def warm_up():
     from trl import SFTTrainer   # noqa: F401
     from kofinetune import eval as _, export, merge, train   # noqa: F401
     torch.set_num_threads(1)
-    export.load_rows = lambda source: load_rows(source)[:40]    # prove the export on fewer prompts
+    data.load_rows = lambda source: load_rows(source)[:40]    # prove the export on fewer prompts
 
 
 class Job:
@@ -592,14 +593,14 @@ OLLAMA_FAULTS = {   # what happens: (fault, on which request, what the one line 
 
 def ollama_faults(bench, program, names, quick):
     "The registration of a finished export with a real server, through a proxy that breaks it."
-    from kofinetune import export
+    from kofinetune import server as asking
     import httpx
     folder = bench.scratch/'ollama'
     folder.mkdir()
     server = Ollama(program, folder)
     proxy = OllamaProxy(server)
     def before(): os.environ['OLLAMA_HOST'] = proxy.host
-    def hurried(): export.PATIENCE = 3
+    def hurried(): asking.PATIENCE = 3
     def models(): return sorted(m['name'] for m in httpx.get(server.url + '/api/tags').json()['models'])
     def forget():
         for name in models(): httpx.request('DELETE', server.url + '/api/delete', json=dict(model=name))
@@ -741,7 +742,7 @@ def main():
     rows = bench.rows
     report = dict(tried=sum(r['tried'] for r in rows), survived=sum(r['survived'] for r in rows), lost=sum(r['lost'] for r in rows), seed=args.seed,
                   seconds=round(time.monotonic() - began, 1), undisturbed_seconds={c: round(s, 2) for c, s in bench.seconds.items()}, rows=rows,
-                  not_tried=not_tried, versions={p: version(p) for p in data.VERSIONED},
+                  not_tried=not_tried, versions={p: version(p) for p in runs.VERSIONED},
                   machine=dict(processor=processor(), cores=os.cpu_count(), python=platform.python_version(), system=platform.system()))
     report = json.loads(json.dumps(report).replace(str(scratch), '...'))
     if args.json:

@@ -10,8 +10,8 @@ import argparse, contextlib, json, os, platform, re, shutil, socket, subprocess,
 from importlib.metadata import version
 from pathlib import Path
 
-from kofinetune.data import VERSIONED, read_jsonl, read_manifest, write_json
-from kofinetune.train import faster_dtype
+from kofinetune.runs import VERSIONED, read_jsonl, read_manifest, write_json
+from kofinetune.base import faster_dtype
 
 BASE = 'gemma-3-270m-q4'
 
@@ -78,7 +78,7 @@ def best(run, rows):
 @contextlib.contextmanager
 def ollama(folder):
     "An Ollama server: the one that OLLAMA_HOST names, or one of our own."
-    from kofinetune.export import server_version
+    from kofinetune.server import server_version
     if os.environ.get('OLLAMA_HOST') and server_version(): yield; return
     program = shutil.which('ollama') or str(Path.home()/'go'/'bin'/'ollama')
     if not Path(program).is_file(): raise SystemExit('no ollama program on PATH; bash .ci/ollama builds one')

@@ -49,7 +49,7 @@ def make_model(rows, folder):
 
 def settings(name, model, cuda):
     "The recipe and the further settings of TRL that `name` stands for."
-    from kofinetune.data import Recipe
+    from kofinetune.recipe import Recipe
     if name in ABLATIONS: kind, changes, more = ABLATIONS[name]
     elif name.startswith('blog'):
         kind, changes = 'blog', dict(dtype='fp32' if name == 'blog_fp32' else 'bf16')
@@ -65,7 +65,8 @@ def measure(name, model, rows, threads, top=0):
     import torch
     from torch.profiler import ProfilerActivity, profile
     from trl.trainer.utils import add_fused_lm_head
-    from kofinetune.train import add_lora, encode_rows, load_base, make_trainer
+    from kofinetune.base import load_base
+    from kofinetune.train import add_lora, encode_rows, make_trainer
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     recipe, more = settings(name, model, cuda)

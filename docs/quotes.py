@@ -1,4 +1,4 @@
-"""Write docs/quotes.json, the stored outputs that nbs/e_post.ipynb quotes: `python docs/quotes.py`.
+"""Write docs/quotes.json, the stored outputs that nbs/from_the_post.ipynb quotes: `python docs/quotes.py`.
 
 The page does not read the other notebooks themselves: whoever has run them has other outputs in them."""
 import json
@@ -17,13 +17,13 @@ def code(page): return [c for c in nbformat.read(root/'nbs'/f'{page}.ipynb', as_
 def outputs(page, words):
     "What `page` stores under the cell in which `words` stand, as text and as HTML."
     found = [c for c in code(page) if words in c.source]
-    if len(found) != 1: sys.exit(f'nbs/{page}.ipynb has {len(found)} cells with {words!r}; nbs/e_post.ipynb must name one')
+    if len(found) != 1: sys.exit(f'nbs/{page}.ipynb has {len(found)} cells with {words!r}; nbs/from_the_post.ipynb must name one')
     texts, pages = zip(*[(o['text'], '') if 'text' in o else (o.data.get('text/plain', ''), o.data.get('text/html', ''))
                          for o in found[0].outputs])
     return dict(text='\n'.join(texts), html='\n'.join(pages))
 
 
-wanted = {pair for c in code('e_post') for pair in re.findall(r"\bstored(?:_rows)?\('(\w+)', '([^']+)'", c.source)}
+wanted = {pair for c in code('from_the_post') for pair in re.findall(r"\bstored(?:_rows)?\('(\w+)', '([^']+)'", c.source)}
 quotes = {f'{page}: {words}': outputs(page, words) for page, words in sorted(wanted)}
 text = json.dumps(quotes, ensure_ascii=False, indent=1)
 (root/'docs'/'quotes.json').write_text(text + '\n', encoding='utf-8', newline='\n')

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from kofinetune import compare_runs
-from kofinetune.data import read_jsonl
+from kofinetune.runs import read_jsonl
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('first', type=Path)

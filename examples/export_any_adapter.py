@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 
-from kofinetune.data import Recipe, format_prompt, read_rows
-from kofinetune.export import (check_gguf, modelfile, own_rounding, proof_failures, reference_answers, verify_gguf,
-                               write_gguf)
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.data import read_rows
+from kofinetune.gguffile import check_gguf, write_gguf
+from kofinetune.proof import own_rounding, proof_failures, reference_answers, verify_gguf
+from kofinetune.export import modelfile
 from kofinetune.merge import copy_tokenizer, merge_into
-from kofinetune.train import load_base
+from kofinetune.base import load_base
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('adapter', type=Path)

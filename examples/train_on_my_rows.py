@@ -11,9 +11,9 @@ Then `kofinetune run --run runs/mine` merges, exports and evaluates what was tra
 import argparse
 from pathlib import Path
 
-from kofinetune import Recipe, finetune, load_tuned, prepare, read_rows
-from kofinetune.data import read_jsonl
-from kofinetune.train import answer_one, load_base
+from kofinetune import Recipe, finetune, generate, load_tuned, prepare, read_rows
+from kofinetune.runs import read_jsonl
+from kofinetune.base import load_base
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('rows', type=Path)
@@ -32,4 +32,4 @@ row = read_jsonl(args.run/'data'/'valid.jsonl')[0]
 print('asked: ', row['instruction'], row['input'])
 print('wanted:', row['output'])
 for name, (model, tok) in (('base', load_base(recipe, quant='none')), ('tuned', load_tuned(recipe, args.run))):
-    print(f'{name + ":":7}', answer_one(model, tok, row, recipe.style, recipe.max_new_tokens))
+    print(f'{name + ":":7}', generate(model, tok, [row], recipe.style, recipe.max_new_tokens)[0]['answer'])

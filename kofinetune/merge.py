@@ -7,14 +7,16 @@ __all__ = ['TOKENIZER_FILES', 'MEASURED', 'merge_into', 'through_nf4', 'answer_s
            'compare_models', 'choose_way', 'older_rope_keys', 'copy_tokenizer', 'check_saved', 'check_adapter',
            'merge_adapter', 'merge_ways']
 
-# %% ../nbs/02_merge.ipynb #681573b6
+# %% ../nbs/02_merge.ipynb #07a7c480
 import json, shutil
 from pathlib import Path
 
-from .data import (Recipe, need, note, progress, read_jsonl, read_manifest, stage,
+from .recipe import Recipe
+from .runs import (need, note, progress, read_jsonl, read_manifest, stage,
                              stage_fields, write_json)
-from .base import base_path, free_memory
-from .train import encode, load_base, load_tuned, refuse_pickles, settle_dtype
+from .base import (base_path, free_memory, load_base, refuse_pickles,
+                             settle_dtype)
+from .train import encode, load_tuned
 
 # %% ../nbs/02_merge.ipynb #17f7aa66
 def merge_into(

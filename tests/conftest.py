@@ -34,7 +34,8 @@ def koalpaca():
 @pytest.fixture(scope='session')
 def rehearsal_run():
     "The rehearsal's run folder, which the notebooks and `make run` share; made where it is missing."
-    from kofinetune.data import Recipe, prepare
+    from kofinetune.recipe import Recipe
+    from kofinetune.data import prepare
     from kofinetune.eval import evaluate
     from kofinetune.export import export_ollama
     from kofinetune.merge import merge_adapter
@@ -66,7 +67,7 @@ def site(tmp_path_factory):
 
 def vouch(run, name):
     "Record a stage's files as they are now, as if the stage had written them so: what is tested lies behind the check of the hashes."
-    from kofinetune.data import file_hashes, read_manifest, write_json
+    from kofinetune.runs import file_hashes, read_manifest, write_json
     manifest = read_manifest(run)
     manifest['stages'][name]['files'] = file_hashes(Path(run)/name)
     write_json(manifest, Path(run)/'manifest.json')
@@ -75,7 +76,7 @@ def vouch(run, name):
 @pytest.fixture(scope='session')
 def ollama_server(tmp_path_factory):
     "The host of a real Ollama server: the one that OLLAMA_HOST names, or one of our own with its own models folder."
-    from kofinetune.export import server_version
+    from kofinetune.server import server_version
     if os.environ.get('OLLAMA_HOST') and server_version(): yield os.environ['OLLAMA_HOST']; return
     program = ollama_program()
     if not program:

@@ -6,7 +6,7 @@ import bitsandbytes, peft, trl   # noqa: F401
 from trl import SFTTrainer       # noqa: F401
 
 import kofinetune.train as train
-from kofinetune.data import Recipe
+from kofinetune.recipe import Recipe
 
 torch.set_num_threads(1)
 warnings.filterwarnings('ignore')

@@ -1,13 +1,15 @@
-"Audit, validation, contamination and scale: rows in = rows kept + rows reported, whatever comes in."
+"Audit, validation and scale: rows in = rows kept + rows reported, whatever comes in."
 import json, random, unicodedata
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from kofinetune import data
-from kofinetune.data import (Recipe, astray_batch, astray_batches, audit, clean_rows, contamination, exact_duplicate, file_parts,
-                             near_duplicate, prepare, prepare_large, read_jsonl, read_rows, similar_pairs, validate_rows,
-                             write_jsonl)
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, write_jsonl
+from kofinetune.audit import (DETECTORS, FILE_DETECTORS, astray_batch, astray_batches, audit, exact_duplicate,
+                              near_duplicate, overlap, shingles, similar_pairs)
+from kofinetune.data import clean_rows, file_parts, prepare, prepare_large, read_rows, validate_rows
 
 relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -76,10 +78,10 @@ PAIRS = {   # flag: (a row that has it, the same row without)
 @pytest.mark.parametrize('flag', PAIRS)
 def test_detector(flag):
     with_it, without = PAIRS[flag]
-    assert data.DETECTORS[flag](with_it) and not data.DETECTORS[flag](without)
+    assert DETECTORS[flag](with_it) and not DETECTORS[flag](without)
 
 
-def test_every_detector_is_shown_here(): assert set(PAIRS) == set(data.DETECTORS)
+def test_every_detector_is_shown_here(): assert set(PAIRS) == set(DETECTORS)
 
 
 def test_near_duplicates_need_the_same_answer():
@@ -95,7 +97,7 @@ text = st.text(alphabet='가나다라마바사 ab1.,', min_size=1, max_size=30)
 def test_similar_pairs_are_measured_exactly_and_point_back(texts):
     for i, j, share in similar_pairs(texts, .5):
         assert j < i and share >= .5
-        assert share == data.overlap(data.shingles(texts[i]), data.shingles(texts[j]))
+        assert share == overlap(shingles(texts[i]), shingles(texts[j]))
 
 
 any_text = st.text(max_size=20)
@@ -103,7 +105,7 @@ any_row = st.builds(ask, any_text.filter(str.strip), any_text, any_text)
 
 
 @relaxed
-@given(rows=st.lists(any_row, max_size=25), drop=st.sets(st.sampled_from([*data.DETECTORS, *data.FILE_DETECTORS])))
+@given(rows=st.lists(any_row, max_size=25), drop=st.sets(st.sampled_from([*DETECTORS, *FILE_DETECTORS])))
 def test_cleaning_keeps_or_reports_every_row(rows, drop):
     kept, report = clean_rows(rows, tuple(drop))
     assert len(kept) + len(report['dropped']) == len(rows)
@@ -229,25 +231,6 @@ def test_any_bytes_end_in_a_report_or_one_line(body, suffix, tmp_path):
     try: kept, report = validate_rows(path)
     except ValueError as error: assert 'a' + suffix in str(error) and '\n' not in str(error)
     else: assert report['rows'] == len(kept) + report['reported']
-
-
-# ---- contamination
-
-def test_quoted_question_is_found_inside_a_longer_row():
-    exam = [dict(question='대한민국에서 가장 높은 산의 이름은 무엇인가?', choices=['한라산', '지리산'])]
-    rows = [ask(), ask('풀어 보세요.', '문제: 대한민국에서 가장 높은 산의 이름은 무엇인가? 답을 고르세요.', '한라산')]
-    found = contamination(rows, exam)
-    assert found['rows'] == found['benchmark_rows'] == 1
-    assert found['pairs'][0]['row'] == 1 and found['pairs'][0]['share'] > .5
-
-
-@relaxed
-@given(rows=st.lists(any_row, max_size=8))
-def test_rows_are_contaminated_by_themselves(rows):
-    found = contamination(rows, rows)
-    long = [i for i, row in enumerate(rows) if len(data.shingles(data.row_text(row), 13)) > 3]
-    assert set(long) <= {pair['row'] for pair in found['pairs']}
-    assert contamination(rows, [])['pairs'] == []
 
 
 # ---- more rows than memory

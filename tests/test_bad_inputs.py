@@ -19,13 +19,13 @@ spec.loader.exec_module(make)
 
 def value(text, here):
     "A value of a case's `call`: '@base' is a loaded model, '@recipe KEY=VALUE ...' a recipe, '@name' a path below `here`."
-    from kofinetune.data import Recipe
+    from kofinetune.recipe import Recipe
     if not (isinstance(text, str) and text.startswith('@')): return text
     name, *settings = text[1:].split(' ')
     recipe = Recipe(quant='none').replace(**dict(map(cli.parse_setting, settings if name == 'recipe' else [f'base={s}' for s in settings])))
     if name == 'recipe': return recipe
     if name != 'base': return here/text[1:]
-    from kofinetune.train import load_base
+    from kofinetune.base import load_base
     return load_base(recipe)[0]
 
 

@@ -17,8 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
 from kofinetune import base
-from kofinetune.data import Recipe, format_prompt, load_rows
-from kofinetune.export import difficult_rows, licences, write_gguf
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.data import load_rows
+from kofinetune.gguffile import write_gguf
+from kofinetune.proof import difficult_rows
+from kofinetune.export import licences
 from kofinetune.gguffile import is_gguf, read_gguf, unpack_gguf
 from kofinetune.rehearsal import stand_in_base
 

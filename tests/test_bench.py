@@ -4,8 +4,11 @@ import json
 import pytest
 import torch
 
-from kofinetune.data import Recipe, format_prompt, read_jsonl
-from kofinetune.eval import BENCHMARKS, answer_nll, benchmark, choice_task, load_tasks, run_tasks
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl
+from kofinetune.train import answer_nll
+from kofinetune.bench import BENCHMARKS, benchmark, choice_task, load_tasks, run_tasks
 from kofinetune.train import load_tuned
 
 lm_eval = pytest.importorskip('lm_eval', reason="lm-eval is missing; pip install 'kofinetune[bench]'")

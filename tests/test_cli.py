@@ -3,7 +3,7 @@ import os, resource, subprocess, sys
 
 import pytest
 
-from kofinetune.data import GEMMA
+from kofinetune.recipe import GEMMA
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
 

@@ -8,8 +8,12 @@ import sys
 import pytest
 from conftest import ROOT, vouch
 
-from kofinetune.data import Recipe, prepare, read_jsonl, write_json, write_jsonl
-from kofinetune.eval import compare_runs, evaluate, paired_difference
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, write_json, write_jsonl
+from kofinetune.data import prepare
+from kofinetune.stats import paired_difference
+from kofinetune.report import compare_runs
+from kofinetune.eval import evaluate
 from kofinetune.export import export_ollama
 from kofinetune.merge import merge_adapter
 from kofinetune.train import finetune

@@ -5,8 +5,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kofinetune import data
-from kofinetune.data import Recipe, fetch, git_blob_id, prepare, read_jsonl, split_rows, stage
+from kofinetune import runs
+from kofinetune.audit import near_pairs
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, stage
+from kofinetune.data import fetch, git_blob_id, prepare, split_rows
 
 
 def post_script(path):
@@ -38,7 +41,7 @@ def test_best_drops_only_what_the_audit_names(koalpaca, tmp_path):
     assert not set(map(question, train)) & set(map(question, valid))
     side = {question(row): part for part, rows in (('train', train), ('valid', valid)) for row in rows}
     both = train + valid
-    assert all(side[question(both[i])] == side[question(both[j])] for i, j in data.near_pairs(both))
+    assert all(side[question(both[i])] == side[question(both[j])] for i, j in near_pairs(both))
 
 
 @pytest.fixture
@@ -135,7 +138,7 @@ def test_manifest_says_where_the_rows_came_from(tmp_path):
     source = tmp_path/'rows.jsonl'
     source.write_text('{"instruction": "안녕?", "output": "네."}\n' * 3, encoding='utf-8')
     prepare(Recipe.named('rehearsal').replace(source=str(source), valid_rows=0), tmp_path/'run')
-    seen = data.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
+    seen = runs.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
     body = source.read_bytes()
     assert seen == dict(source=str(source), url=None, git_blob=git_blob_id(body), sha256=hashlib.sha256(body).hexdigest(),
                         bytes=len(body), licence='as its owner says')
@@ -161,7 +164,7 @@ def test_stage_is_whole_or_absent(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): stage(Recipe(), tmp_path, 'data', half)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock']
-    assert data.read_manifest(tmp_path)['stages'] == {}
+    assert runs.read_manifest(tmp_path)['stages'] == {}
 
 
 def test_second_process_on_a_run_is_refused_and_a_dead_one_holds_nothing(tmp_path):
@@ -170,7 +173,7 @@ def test_second_process_on_a_run_is_refused_and_a_dead_one_holds_nothing(tmp_pat
     other = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == 'held\n'
     with pytest.raises(RuntimeError, match='in use by another process'):
-        with data.run_lock(tmp_path): pass
+        with runs.run_lock(tmp_path): pass
     other.kill()
     other.wait()
-    with data.run_lock(tmp_path): pass
+    with runs.run_lock(tmp_path): pass

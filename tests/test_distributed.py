@@ -11,7 +11,9 @@ import time
 import psutil
 import pytest
 
-from kofinetune.data import Recipe, prepare, read_jsonl, read_manifest
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, read_manifest
+from kofinetune.data import prepare
 from kofinetune.train import finetune
 
 SMALL = Recipe.named('rehearsal').replace(rows=320, valid_rows=20, epochs=1.0, grad_accum=2)

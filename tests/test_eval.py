@@ -11,9 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kofinetune.data import Recipe, read_jsonl, read_manifest, write_json
-from kofinetune.eval import (REPORT_SCHEMA, answer_nll, compare_runs, evaluate, exact_match, generate, headline, outcome, paired_difference,
-                             share_ci, side_by_side, summarize)
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, read_manifest, write_json
+from kofinetune.stats import exact_match, paired_difference, share_ci, summarize
+from kofinetune.train import answer_nll, generate
+from kofinetune.report import REPORT_SCHEMA, compare_runs, headline
+from kofinetune.eval import evaluate, outcome, side_by_side
 from kofinetune.train import encode
 
 MODELS = ['base', 'tuned', 'merged', 'gguf-bf16', 'gguf-q8_0']

@@ -7,7 +7,9 @@ import sys
 import pytest
 from conftest import ROOT, vouch
 
-from kofinetune.data import Recipe, load_rows, read_jsonl, write_jsonl
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, write_jsonl
+from kofinetune.data import load_rows
 
 SCRIPTS = sorted((ROOT/'examples').glob('*.py'))
 
@@ -44,7 +46,7 @@ def test_export_any_adapter(tmp_path, rehearsal_run):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from kofinetune.rehearsal import stand_in_base
-    from kofinetune.train import answer_one
+    from kofinetune.train import generate
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(stand_in_base(), dtype=torch.float32)
     other = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj'], init_lora_weights=False))
@@ -59,7 +61,7 @@ def test_export_any_adapter(tmp_path, rehearsal_run):
     ids = tok('### Instruction:\n137을 한글로 쓰세요.', return_tensors='pt')
     with torch.inference_mode(): there, here = other.eval()(**ids).logits, merged(**ids).logits
     assert (there - here).abs().max() < .1 * there.std()       # bf16 on the way to disk
-    assert answer_one(merged, tok, rows[0]) != ''
+    assert generate(merged, tok, rows[:1])[0]['answer'] != ''
 
 
 def test_compare_two_runs(tmp_path, rehearsal_run):

@@ -6,10 +6,15 @@ import shutil
 import numpy as np
 import pytest
 
-from kofinetune import export
-from kofinetune.data import STYLES, Recipe, format_prompt, load_rows, read_jsonl, read_manifest
-from kofinetune.export import (TYPES, check_gguf, difficult_rows, export_ollama, own_rounding, proof_failures, read_config, read_gguf,
-                               read_modelfile, read_tokens, reference_answers, serve_gguf, verify_gguf, verify_run, write_gguf)
+from kofinetune import export, gguffile, proof
+from kofinetune.prompt import STYLES, format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, read_manifest
+from kofinetune.data import load_rows
+from kofinetune.gguffile import TYPES, check_gguf, read_config, read_gguf, read_tokens, write_gguf
+from kofinetune.server import read_modelfile
+from kofinetune.proof import difficult_rows, own_rounding, proof_failures, reference_answers, serve_gguf, verify_gguf
+from kofinetune.export import export_ollama, verify_run
 from kofinetune.rehearsal import stand_in_base
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
@@ -257,7 +262,7 @@ def copied(rehearsal_run, tmp_path):
 
 def test_a_failed_proof_leaves_no_folder(rehearsal_run, tmp_path, monkeypatch):
     monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
-    monkeypatch.setattr(export, 'LIMITS', dict(bf16=1e-9, q8_0=1e-9))
+    monkeypatch.setattr(proof, 'LIMITS', dict(bf16=1e-9, q8_0=1e-9))
     monkeypatch.setattr(export, 'own_rounding', lambda *args: 0.)
     run = copied(rehearsal_run, tmp_path)
     shutil.rmtree(run/'ollama')
@@ -269,7 +274,7 @@ def test_a_failed_proof_leaves_no_folder(rehearsal_run, tmp_path, monkeypatch):
 def test_a_file_that_was_not_written_as_planned_stops_the_export(rehearsal_run, tmp_path, monkeypatch):
     "A disk that flips one bit: the export reads its own file back, and stops."
     monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
-    real = export.write_gguf
+    real = gguffile.write_gguf
     def flipping(model_dir, path, dtype, name):
         made = real(model_dir, path, dtype, name)
         data = bytearray(path.read_bytes())

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from kofinetune import export
-from kofinetune.data import Recipe, file_faults, note, prepare, read_manifest, stage, working_on
+from kofinetune.export import modelfile
+from kofinetune.proof import verify_ollama
+from kofinetune.server import create_model
+from kofinetune.recipe import Recipe
+from kofinetune.runs import file_faults, note, read_manifest, stage, working_on
+from kofinetune.data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, '-m', 'kofinetune.cli']
@@ -136,11 +140,11 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
 
 def test_the_manifest_never_vouches_for_a_folder_of_another_recipe(tmp_path, monkeypatch):
     "Killed between the renaming of --force and its record, the stage counts as not made."
-    import kofinetune.data as data
+    from kofinetune import runs
     prepare(SMALL, tmp_path)
     class Killed(BaseException): pass
     def dies(*args): raise Killed
-    monkeypatch.setattr(data, 'file_hashes', dies)
+    monkeypatch.setattr(runs, 'file_hashes', dies)
     with pytest.raises(Killed): prepare(SMALL.replace(seed=7), tmp_path, force=True)
     assert read_manifest(tmp_path)['stages'] == {}
     monkeypatch.undo()
@@ -242,9 +246,9 @@ def server(monkeypatch, tmp_path):
     one.url = f'http://127.0.0.1:{one.server_port}'
     threading.Thread(target=one.serve_forever, daemon=True).start()
     monkeypatch.setenv('OLLAMA_HOST', one.url)
-    monkeypatch.setattr(export, 'PATIENCE', 1)
+    monkeypatch.setattr('kofinetune.server.PATIENCE', 1)
     (tmp_path/'m.gguf').write_bytes(b'GGUF' * 1000)
-    (tmp_path/'Modelfile').write_text(export.modelfile('m.gguf'), encoding='utf-8')
+    (tmp_path/'Modelfile').write_text(modelfile('m.gguf'), encoding='utf-8')
     yield one
     one.shutdown()
 
@@ -267,17 +271,17 @@ def test_a_failing_server_is_one_line_that_says_what_to_do(server, tmp_path, mon
     says, message = FAILS[name]
     if says is None: monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
     else: server.says |= says
-    with pytest.raises(RuntimeError) as seen: export.create_model('m', tmp_path)
+    with pytest.raises(RuntimeError) as seen: create_model('m', tmp_path)
     assert message in str(seen.value) and '\n' not in str(seen.value)
     assert (server.url if says else 'http://127.0.0.1:9') in str(seen.value)
 
 
 def test_an_answer_that_is_not_done_is_no_answer(server, rehearsal_run):
-    from kofinetune.data import read_jsonl
+    from kofinetune.runs import read_jsonl
     server.says |= {'/api/generate': (200, json.dumps(dict(response='네', done=False, context=[], prompt_eval_count=1)))}
     rows = read_jsonl(rehearsal_run/'data'/'valid.jsonl')[:1]
     with pytest.raises(RuntimeError, match=r'broke off an answer \(done: false\) to .*; see what it printed, then run the same command again'):
-        export.verify_ollama('m', rehearsal_run/'merged', rows, reference=[{}])
+        verify_ollama('m', rehearsal_run/'merged', rows, reference=[{}])
 
 
 def test_a_folder_that_a_library_made_anew_has_vanished_all_the_same(tmp_path):

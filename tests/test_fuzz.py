@@ -9,8 +9,12 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from kofinetune.data import FIELDS, Recipe, format_prompt, read_rows, validate_rows, write_jsonl
-from kofinetune.export import check_name, modelfile, modelfile_value, read_modelfile
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import write_jsonl
+from kofinetune.data import FIELDS, read_rows, validate_rows
+from kofinetune.server import check_name, read_modelfile
+from kofinetune.export import modelfile, modelfile_value
 
 SEEDED = bool(os.environ.get('CI'))
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from kofinetune.data import Recipe, format_prompt, load_rows, prepare, read_jsonl, write_jsonl
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, write_jsonl
+from kofinetune.data import load_rows, prepare
 
 pytestmark = pytest.mark.gemma
 GOLDEN = ROOT.parent/'shared'/'gemma'/'golden_tokens.json'
@@ -67,7 +70,7 @@ def test_the_ids_are_gemmas_own(tok, golden):
 
 def test_the_ids_of_8000_rows_and_the_posts_number_of_tokens(tok, golden, koalpaca):
     "Ids by their digest; and one epoch of `blog`, each text with the post's newline and `<eos>`, has the post's number of tokens."
-    from kofinetune.data import format_answer
+    from kofinetune.prompt import format_answer
     from kofinetune.train import encode
     rows, about = json.loads(koalpaca.read_text(encoding='utf-8')), golden['koalpaca_head8000']
     ids = tok([format_prompt(row, 'blog') + format_answer(row, 'blog') for row in rows])['input_ids']
@@ -81,7 +84,8 @@ def test_the_ids_of_8000_rows_and_the_posts_number_of_tokens(tok, golden, koalpa
 
 def test_llama_cpp_reads_the_same_tokens(gemma, tok, golden, tmp_path):
     "Gemma written back with `write_gguf`: the golden prompts, and the difficult ones."
-    from kofinetune.export import difficult_rows, serve_gguf, write_gguf
+    from kofinetune.gguffile import write_gguf
+    from kofinetune.proof import difficult_rows, serve_gguf
     write_gguf(gemma, tmp_path/'m.gguf', 'q8_0')
     texts = [p['text'] for p in golden['prompts']] + [format_prompt(row, style) for row in difficult_rows() for style in ('alpaca', 'blog')]
     with serve_gguf(tmp_path/'m.gguf', 512) as server:
@@ -91,8 +95,9 @@ def test_llama_cpp_reads_the_same_tokens(gemma, tok, golden, tmp_path):
 
 @pytest.mark.parametrize('quant, wanted', [('none', 2.645), ('nf4', 3.04)])
 def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
-    from kofinetune.eval import answer_nll, summarize
-    from kofinetune.train import load_base
+    from kofinetune.stats import summarize
+    from kofinetune.train import answer_nll
+    from kofinetune.base import load_base
     rows = json.loads(koalpaca.read_text(encoding='utf-8'))[:60]
     model, tok = load_base(Recipe(base=NAME, quant=quant, dtype='fp32'))
     loss = summarize(answer_nll(model, tok, rows))['answer_nll']
@@ -101,7 +106,7 @@ def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
 
 def test_every_text_that_ollama_prints_names_one_id_or_none(tok):
     "110 texts of the vocabulary belong to two ids, and U+FFFD to a piece of any letter: where it is not known which is meant, nothing is compared."
-    from kofinetune.export import CUT, _pieces, _said_ids, _top
+    from kofinetune.proof import CUT, _pieces, _said_ids, _top
     pieces, texts = _pieces(tok), tok.convert_ids_to_tokens(range(len(tok)))
     doubtful = {data: ids for data, ids in pieces.items() if len(ids) > 1}
     assert len(doubtful) == 110 and pieces[b'\n'] == [107, 248] and CUT not in pieces
@@ -141,7 +146,8 @@ def test_ten_steps_lower_the_loss(trained):
 
 def test_an_answer_of_ollama_is_right_and_the_terms_travel(trained, ollama_server):
     import ollama
-    from kofinetune.export import export_ollama, read_modelfile
+    from kofinetune.server import read_modelfile
+    from kofinetune.export import export_ollama
     recipe, run = trained
     made = export_ollama(recipe, run)
     assert made['registered'] and made['failed'] == []
@@ -159,7 +165,8 @@ def test_one_wrong_row_of_one_matrix_is_refused(trained, tmp_path):
     "A right file passes, read back and on llama.cpp; one row of one matrix moved by one column does not, and the matrix is named."
     import gguf
     import numpy as np
-    from kofinetune.export import check_gguf, own_rounding, proof_failures, reference_answers, verify_gguf, write_gguf
+    from kofinetune.gguffile import check_gguf, write_gguf
+    from kofinetune.proof import own_rounding, proof_failures, reference_answers, verify_gguf
     merged, path = trained[1]/'merged', tmp_path/'m.gguf'
     write_gguf(merged, path, 'bf16')
     assert check_gguf(merged, path, 'bf16')['different'] == []

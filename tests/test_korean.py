@@ -4,7 +4,8 @@ import random
 import pytest
 
 from kofinetune.data import load_rows
-from kofinetune.eval import PARTICLE, PAIRS, check_particles, chrf, distinct, hangul_share, known_nouns, speech_level, switches
+from kofinetune.korean import PAIRS, PARTICLE, check_particles, hangul_share, known_nouns, speech_level
+from kofinetune.eval import chrf, distinct, switches
 
 NOUNS = {'사람', '집', '물', '서울', '연필', '바다', '나무', '고양이', '국가', '학교', '대학', '나', '책', '전문가'}
 

@@ -7,10 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from kofinetune.data import Recipe, format_prompt, prepare, read_jsonl, read_manifest, stage
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, read_manifest, stage
+from kofinetune.data import prepare
 from kofinetune.merge import copy_tokenizer, merge_adapter, merge_into
 from kofinetune.base import base_path
-from kofinetune.train import add_lora, load_base
+from kofinetune.base import load_base
+from kofinetune.train import add_lora
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
 
@@ -166,7 +170,7 @@ import json, sys
 from pathlib import Path
 import torch, peft, bitsandbytes, accelerate
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM
-from kofinetune.data import Recipe
+from kofinetune.recipe import Recipe
 from kofinetune.merge import merge_adapter
 def status(key): return next(int(l.split()[1]) * 1024 for l in open('/proc/self/status') if l.startswith(key))
 run = Path(sys.argv[1])

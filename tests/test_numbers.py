@@ -14,7 +14,7 @@ import jsonschema
 import nbformat
 import pytest
 
-from kofinetune.eval import REPORT_SCHEMA
+from kofinetune.report import REPORT_SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = re.compile(r'Gemma(?: 3)?(?: 270[Mm])?|gemma-3-270m[\w.-]*|Q\d_\w|SHA-256 \w+|Python 3\.\d+|KoAlpaca v1\.\d|CC BY-NC 4\.0|License 2\.0|4-bit|95 % intervals?|'
@@ -93,7 +93,8 @@ def test_the_recorded_run_keeps_its_promises(recorded):
 
 def test_the_recorded_run_is_of_the_recipe_as_it_is(recorded):
     "Rows, steps and tokens follow from the recipe: a change of `laptop` asks for a new run."
-    from kofinetune.data import Recipe, load_rows
+    from kofinetune.recipe import Recipe
+    from kofinetune.data import load_rows
     laptop, cost = Recipe.named('laptop'), recorded['training']
     assert cost['rows'] + recorded['rows'] == len(load_rows(laptop.source)) and laptop.valid_rows == recorded['rows']
     assert list(recorded['models']) == ['base', 'tuned', 'merged', *(f'gguf-{kind}' for kind in laptop.gguf)]

@@ -13,10 +13,16 @@ from conftest import ollama_program, vouch
 from test_export import copied, make_model
 
 from kofinetune import export
-from kofinetune.data import STYLES, Recipe, format_prompt, load_rows, read_jsonl, read_manifest
-from kofinetune.export import (check_name, compare_texts, create_model, difficult_rows, export_ollama, fallen_back, list_models, load_gguf,
-                               modelfile, modelfile_value, own_rounding, prompt_template, proof_failures, read_modelfile,
-                               reference_answers, served_differences, served_file, server_url, verify_ollama, write_gguf)
+from kofinetune.prompt import STYLES, format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, read_manifest
+from kofinetune.data import load_rows
+from kofinetune.gguffile import load_gguf, write_gguf
+from kofinetune.server import check_name, create_model, list_models, read_modelfile, served_file, server_url, server_version
+from kofinetune.proof import (compare_texts, difficult_rows, own_rounding, proof_failures, reference_answers,
+                              verify_ollama)
+from kofinetune.export import (export_ollama, fallen_back, modelfile, modelfile_value, prompt_template,
+                               served_differences)
 
 pytestmark = pytest.mark.ollama
 NAME = 'kofinetune-rehearsal:latest'
@@ -208,7 +214,7 @@ def test_verify_proves_what_is_served_now(run, tmp_path, monkeypatch, capsys):
     copy, client = copied(run, tmp_path), ollama.Client()
     code, out, said = verified(copy, monkeypatch, capsys)
     assert code == 0 and said['failed'] == [] and said['served'] == dict(name=NAME, different=[])
-    assert said['text']['checked'] == 158 and said['greedy']['checked'] == 100 and said['server'] == export.server_version()
+    assert said['text']['checked'] == 158 and said['greedy']['checked'] == 100 and said['server'] == server_version()
     assert 'text  checked 158, different 0' in out
     code, out, said = verified(copy, monkeypatch, capsys, '--all')
     assert code == 0 and said['failed'] == [] and said['text']['checked'] == 178 and said['files_proved']['q8_0']['greedy']['checked'] == 100

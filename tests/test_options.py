@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kofinetune.data import Recipe, prepare, read_jsonl
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl
+from kofinetune.data import prepare
 from kofinetune.merge import merge_adapter
-from kofinetune.train import add_lora, check_names, encode_rows, finetune, load_base, load_tokenizer, load_tuned, make_trainer
+from kofinetune.base import load_base, load_tokenizer
+from kofinetune.train import add_lora, check_names, encode_rows, finetune, load_tuned, make_trainer
 
 TINY = Recipe.named('rehearsal').replace(rows=60, valid_rows=8, epochs=1.0, max_length=96, quant='none', lora_r=4, save_steps=100.)
 

@@ -1,8 +1,10 @@
-"What `import kofinetune` gives, and what it costs."
+"What `import kofinetune` gives and costs, and which module may import which."
+import ast
 import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,48 @@ def test_a_script_reads_naturally(tmp_path):
     assert counts['train'] + counts['valid'] == counts['kept']
     row = read_rows(tmp_path/'run'/'data'/'valid.jsonl')[0]
     assert format_prompt(row).endswith('### Response:\n') and row['instruction'] in format_prompt(row)
+
+
+# Who may import whom. What is reachable over any number of steps may be imported.
+ARROWS = dict(
+    prompt='', recipe='', korean='', stats='', runs='recipe', gguffile='runs', server='runs', audit='korean prompt', data='runs audit',
+    rehearsal='data', base='gguffile rehearsal', checkpoints='runs', parallel='base', train='checkpoints parallel', merge='train',
+    proof='train server', export='proof', report='stats runs', eval='export report', bench='eval', hub='export report', cli='hub bench merge')
+
+
+def reachable(module):
+    found, todo = set(), ARROWS[module].split()
+    while todo:
+        if (one := todo.pop()) not in found: found.add(one); todo += ARROWS[one].split()
+    return found
+
+
+def imported(path):
+    "(module, name, inside a function) for everything that a module imports from this package."
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('kofinetune')):
+            for name in node.names: yield (node.module or '').removeprefix('kofinetune').lstrip('.') or name.name, name.name, id(node) not in top
+        elif isinstance(node, ast.Import): assert not any(name.name.startswith('kofinetune') for name in node.names), path
+
+
+MODULES = {path.stem: path for path in sorted(Path(kofinetune.__file__).parent.glob('*.py')) if path.stem not in ('__init__', '_modidx')}
+
+
+def test_the_arrows_name_every_module(): assert set(ARROWS) == set(MODULES)
+
+
+@pytest.mark.parametrize('module', sorted(MODULES))
+def test_imports_go_along_the_arrows_and_take_no_private_name(module):
+    for other, name, inside in imported(MODULES[module]):
+        assert other in reachable(module), f'{module} imports {name} of {other}'
+        assert not name.startswith('_'), f'{module} imports the private {name} of {other}'
+        assert module != 'cli' or inside or other in ('recipe', 'runs'), f'cli imports {other} before a command asks for it'
+
+
+def test_the_table_of_stages_names_functions_that_are_there():
+    from kofinetune.runs import STAGES
+    for made in STAGES.values():
+        module, function = made.function.split(':')
+        assert callable(getattr(importlib.import_module(module), function))

@@ -21,10 +21,21 @@ def anchors(path):
 
 
 def test_example_scripts_are_shown_as_they_are():
-    shown = [''.join(o['data']['text/markdown']) for c in cells(nbs/'g_examples.ipynb') for o in c.get('outputs', ())]
+    shown = [''.join(o['data']['text/markdown']) for c in cells(nbs/'cli.ipynb') for o in c.get('outputs', ()) if 'text/markdown' in o.get('data', {})]
     scripts = sorted((nbs.parent/'examples').glob('*.py'))
     assert len(shown) == len(scripts) == 3
-    for script in scripts: assert f'```python\n{script.read_text(encoding="utf-8")}```' in shown, f'run g_examples.ipynb again: {script.name}'
+    for script in scripts: assert f'```python\n{script.read_text(encoding="utf-8")}```' in shown, f'run cli.ipynb again: {script.name}'
+
+
+def test_the_map_has_every_notebook_once():
+    import sys
+    sys.path.insert(0, str(nbs.parent/'docs'))
+    from settings import page_order
+    shown = [name for group in page_order() for name in group]
+    assert sorted(shown + ['index']) == [path.stem for path in pages] and len(shown) == len(set(shown))
+    modules = {path.stem for path in (nbs.parent/'kofinetune').glob('*.py')} - {'__init__', '_modidx'}
+    lessons = dict(data='00_data', train='01_qlora_train', merge='02_merge', export='03_ollama_export', eval='04_eval')
+    assert {lessons.get(module, module) for module in modules} <= set(shown)     # a notebook has the name of its module
 
 
 @pytest.mark.parametrize('page', pages, ids=lambda p: p.stem)
@@ -35,13 +46,13 @@ def test_links_to_other_notebooks_find_page_and_section(page):
 
 
 def test_glossary_has_each_word_once_in_both_languages_with_a_link():
-    lines = [line for line in markdown(nbs/'f_glossary.ipynb').splitlines() if line.startswith('- ')]
+    lines = [line for line in markdown(nbs/'glossary.ipynb').splitlines() if line.startswith('- ')]
     entries = [re.fullmatch(r'- \*\*(.+?)\*\* · (.+?): .+ \(\[\w+\]\([\w.#-]+\)\)', line) for line in lines]
     assert len(lines) > 60 and all(entries), [line for line, entry in zip(lines, entries) if not entry]
     assert len({entry[1] for entry in entries}) == len({entry[2] for entry in entries}) == len(entries)
 
 
-@pytest.mark.parametrize('page', ['index', 'd_choose', 'e_post'])
+@pytest.mark.parametrize('page', ['index', 'choose', 'from_the_post'])
 def test_numbers_of_a_page_are_those_of_the_records(page, monkeypatch):
     "Run the page's code again, without a kernel, and compare what it shows with what is stored."
     from execnb.shell import CaptureShell

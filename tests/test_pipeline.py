@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from kofinetune.data import Recipe, format_prompt, prepare, read_jsonl, read_manifest
-from kofinetune.eval import evaluate, exact_match
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, read_manifest
+from kofinetune.data import prepare
+from kofinetune.stats import exact_match
+from kofinetune.eval import evaluate
 from kofinetune.export import export_ollama
 from kofinetune.merge import merge_adapter
-from kofinetune.train import finetune, load_tokenizer
+from kofinetune.base import load_tokenizer
+from kofinetune.train import finetune
 
 STAGES = (prepare, finetune, merge_adapter, export_ollama, evaluate)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kofinetune.cli import card_data, model_card
-from kofinetune.data import Recipe, read_manifest
+from kofinetune.hub import card_data, model_card
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_manifest
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
 TOKEN = 'hf_PlantedTokenThatNobodyMayEverSee0'

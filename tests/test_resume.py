@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kofinetune.data import Recipe, prepare, read_jsonl, write_json
+from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl, write_json
+from kofinetune.data import prepare
 
 SMALL = Recipe.named('rehearsal').replace(rows=80, valid_rows=8, epochs=2.0, max_length=64, grad_accum=2, save_steps=3,
                                           lora_r=4, lora_dropout=.1)

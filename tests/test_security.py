@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from kofinetune.data import GEMMA, SOURCES, Recipe, prepare, stage
-from kofinetune.export import is_loopback, serve_gguf, server_url
+from kofinetune.recipe import GEMMA, Recipe
+from kofinetune.runs import stage
+from kofinetune.data import SOURCES, prepare
+from kofinetune.server import is_loopback, server_url
+from kofinetune.proof import serve_gguf
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
 CODE = sorted((ROOT/'kofinetune').glob('*.py'))
@@ -44,7 +47,7 @@ def test_code_beside_a_base_is_not_run(model_type, tmp_path):
     "An architecture that only this code has is refused; one that transformers has is loaded from transformers."
     import shutil
     from kofinetune.rehearsal import stand_in_base
-    from kofinetune.train import load_base
+    from kofinetune.base import load_base
     base = shutil.copytree(stand_in_base(), tmp_path/'base')
     for file, more in (('config.json', dict(model_type=model_type, auto_map={'AutoConfig': 'code.C', 'AutoModelForCausalLM': 'code.M'})),
                        ('tokenizer_config.json', dict(tokenizer_class='Mine', auto_map={'AutoTokenizer': ['code.T', 'code.T']}))):
@@ -149,8 +152,8 @@ def kofinetune(*args, cwd, **env):
 
 
 def test_no_secret_in_a_whole_run_nor_in_what_fails(tmp_path, echo, rehearsal_run):
-    "Every stage of a small run, its card, and a push and a judge that are refused by a server which repeats the key."
-    from kofinetune.cli import model_card
+    "Every stage of a small run, its card, and a push that is refused by a server which repeats the key."
+    from kofinetune.hub import model_card
     (tmp_path/'tmp').mkdir()
     small = ['--set', 'rows=400', '--set', 'valid_rows=20', '--set', 'epochs=0.2', '--set', 'quant=none', '--set', 'report_to=tensorboard',
              '--set', 'gguf=q8_0']
@@ -163,14 +166,6 @@ def test_no_secret_in_a_whole_run_nor_in_what_fails(tmp_path, echo, rehearsal_ru
         assert pushed.returncode == 1 and 'was not pushed' in pushed.stderr
         said += [pushed.stdout, pushed.stderr]
     assert f'Bearer {SECRETS["HF_TOKEN"]}' in echo.seen           # it was sent, and sent back
-    judge = f'''from kofinetune.eval import ask_judge, judge_pairs, measure_judge
-from functools import partial
-ask = partial(ask_judge, model="m", base_url="http://127.0.0.1:{echo.server_port}/v1")
-verdicts = judge_pairs([dict(id=0, question="q", base="a", tuned="b")], ask)
-print(verdicts, measure_judge(verdicts))'''
-    judged = subprocess.run([sys.executable, '-c', judge], env=os.environ | SECRETS, capture_output=True, text=True)
-    assert judged.returncode == 0 and 'HTTP 500' in judged.stdout and f'Bearer {SECRETS["OPENAI_API_KEY"]}' in echo.seen
-    said += [judged.stdout, judged.stderr]
     written = [p for p in tmp_path.rglob('*') if p.is_file()]
     assert {p.name for p in written} >= {'manifest.json', 'recipe.json', 'Modelfile', 'model-q8_0.gguf', 'report.json', 'adapter_model.safetensors'}
     assert any('tfevents' in p.name for p in written)

@@ -10,7 +10,7 @@ import termios
 
 import pytest
 
-from kofinetune.data import progress, quiet, read_manifest
+from kofinetune.runs import progress, quiet, read_manifest
 
 SMALL = dict(rows=44, valid_rows=6, epochs=1.0, max_length=64, grad_accum=2, save_steps=2, max_new_tokens=8, gguf='q8_0')
 CHATTER = ('Loading weights', 'Map:', 'Packing', "{'loss'", 'Warning', 'examples/s', '\x1b[31m')

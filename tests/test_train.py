@@ -4,8 +4,11 @@ import torch
 import pytest
 import trl.trainer.utils
 
-from kofinetune.data import Recipe, format_prompt, load_rows, prepare
-from kofinetune.train import add_lora, count_trainable, encode, encode_rows, finetune, load_base, load_tokenizer, make_trainer
+from kofinetune.prompt import format_prompt
+from kofinetune.recipe import Recipe
+from kofinetune.data import load_rows, prepare
+from kofinetune.base import load_base, load_tokenizer
+from kofinetune.train import add_lora, count_trainable, encode, encode_rows, finetune, make_trainer
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,8 @@ from execnb.nbio import dict2nb
 from nbdev import processors
 from nbdev.process import NBProcessor
 
+from settings import page_order
+
 from .messages import catalogue
 from .reference import modules, symbols
 
@@ -99,9 +101,8 @@ def code(cell, alt, messages):
 
 def contents(folder):
     "Every page in its order, in groups with a caption each."
-    names = sorted(path.stem for path in folder.glob('*.ipynb') if path.stem != 'index')
-    groups = {'Lessons': [n for n in names if n[0].isdigit()], 'More': [n for n in names if n[0].isalpha()] + ['troubleshooting'],
-              'Reference': ['api/index', *(f'api/{name}' for name in modules() if symbols(name))]}
+    lessons, more, parts = page_order()
+    groups = {'Lessons': lessons, 'More': more + ['troubleshooting'], 'Parts': parts, 'Reference': ['api/index', *(f'api/{name}' for name in modules() if symbols(name))]}
     return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + caption + '\n\n' + '\n'.join(pages) + '\n```'
                        for caption, pages in groups.items())
 

@@ -14,7 +14,7 @@ from fastcore.docments import docments
 from sphinx.addnodes import pending_xref
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
-from settings import settings
+from settings import page_order, settings
 
 from .messages import catalogue, translate
 
@@ -116,7 +116,7 @@ def api_page(name, notebook):
 def symptoms_page(folder, language):
     "Every notebook's section on what could go wrong, in one page; in Korean it is made of the notebooks' translations."
     page = ['# Troubleshooting\n\n{.lead}\nWhat could go wrong, gathered from every notebook.\n']
-    for path in [] if language is None else sorted(p for p in folder.glob('*.ipynb') if p.stem != 'index'):
+    for path in [] if language is None else [folder/f'{name}.ipynb' for group in page_order() for name in group]:
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         text = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
         found, title = SYMPTOMS.search(text), re.search('^# (.+)$', text, re.M)[1]

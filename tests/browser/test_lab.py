@@ -14,8 +14,11 @@ import pytest
 from driver import SHOTS, absent, answers, chromium, free_port, stop, wait_for  # noqa: F401  chromium is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
-LESSONS = ['a_rehearsal', '00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval', 'b_cli', 'c_clusters']
-ORDER = LESSONS + sorted({path.stem for path in (ROOT/'nbs').glob('*.ipynb')} - set(LESSONS))
+sys.path.insert(0, str(ROOT/'docs'))
+from settings import page_order   # noqa: E402
+
+LESSONS = [*page_order()[0], 'cli', 'clusters']
+ORDER = [*LESSONS, *(name for group in page_order() for name in group if name not in LESSONS), 'index']
 COPIED = ['Makefile', '.jupyter', 'nbs', 'docs/laptop-report.json', 'docs/quotes.json', 'benchmarks/results', 'examples']
 TIMED = {'@jupyterlab/notebook-extension:tracker': {'recordTiming': True}}
 PANEL = 'window.jupyterapp.shell.currentWidget'
@@ -191,7 +194,7 @@ def test_a_second_run_all_reuses_what_is_done_and_says_so(lab, name):
     result = lab.run_all(name, suffix='-again')
     check(result)
     said = ''.join(o.get('text', '') for c in result['model'] for o in c['outputs'])
-    for stage in dict(zip(LESSONS[1:], ('data', 'adapter', 'merged', 'ollama', 'eval')))[name],:
+    for stage in dict(zip(LESSONS, ('data', 'adapter', 'merged', 'ollama', 'eval')))[name],:
         assert f'{stage}: already done' in said
     after = {path: path.stat().st_mtime_ns for path in before if path.is_file()}
     changed = {path.relative_to(lab.folder).as_posix() for path in before if before[path] != after.get(path)}
