@@ -603,8 +603,8 @@ def estimate(
         counts = count_steps(dataset, chosen)
         trainer = make_trainer(
             model, tok, dataset, held_out, chosen, Path(folder)/'checkpoints',
-            max_steps=CALIBRATION, gradient_accumulation_steps=1, eval_strategy='no', save_strategy='no',
-            load_best_model_at_end=False)
+            max_steps=CALIBRATION, gradient_accumulation_steps=1,
+            eval_strategy='no', save_strategy='no', load_best_model_at_end=False)
         keep = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == 'Keeper')
         keep.limit = ENOUGH
         trainer.train()
