@@ -6,8 +6,8 @@
 __all__ = ['FIELDS', 'SURROGATE', 'ODD', 'STRANGE', 'LONG', 'SOURCES', 'LARGE', 'SCANNED', 'text_fault', 'row_faults',
            'check_row', 'row_notes', 'iter_rows', 'validate_rows', 'read_rows', 'git_blob_id', 'cache_dir', 'fetch',
            'load_rows', 'source_path', 'file_ids', 'source_id', 'provenance', 'clean_rows', 'normalize_row',
-           'split_rows', 'prepare', 'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out', 'prepare_large',
-           'write_split']
+           'split_rows', 'prepare', 'rows_to_measure', 'file_parts', 'hash60', 'scan_part', 'scan_large', 'hold_out',
+           'prepare_large', 'write_split']
 
 # %% ../nbs/00_data.ipynb #041cbb60
 import csv, hashlib, io, json, os, re, shutil, signal, unicodedata
@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .recipe import Recipe
-from .runs import progress, stage, write_json, write_jsonl
+from .runs import need, progress, read_jsonl, stage, write_json, write_jsonl
 from .audit import DETECTORS, astray_batches, audit, near_pairs
 
 # %% ../nbs/00_data.ipynb #df62ddba
@@ -432,6 +432,17 @@ def prepare(
                                  astray_batches=astray_batches(ready)), folder/'audit.json')
         return counts | dict(train=len(train), valid=len(valid)) | origin()
     return stage(recipe, run, 'data', make, force, source_id(recipe.source))
+
+def rows_to_measure(
+    run: Path,            # a run whose data stage is done
+    most: int = 0,        # rows at most; 0: all
+    fill: bool = False,   # with training rows, where fewer than `most` are held out
+) -> tuple[list[dict], bool]:   # the rows; were they held out?
+    "Take the rows that models are measured on: held-out ones, or training rows if there are none."
+    data = need(run, 'data')
+    valid = read_jsonl(data/'valid.jsonl')
+    more = read_jsonl(data/'train.jsonl') if fill or not valid else []
+    return (valid + more)[:most or None], bool(valid)
 
 LARGE = 1 << 28   # bytes of a .jsonl from which on it is read in parts ("More rows than memory")
 

@@ -20,6 +20,7 @@ from .stats import (exact_match, match_by_kind, paired_difference, share_ci,
 from .runs import (need, note, read_jsonl, read_manifest, stage, write_json,
                              write_jsonl)
 from .gguffile import load_gguf
+from .data import rows_to_measure
 from .base import (base_name, base_note, free_memory, load_base,
                              load_tokenizer, pick_device, settle_dtype)
 from .train import answer_nll, generate, load_tuned, plot_loss
@@ -152,7 +153,7 @@ def evaluate(
     "Judge base, tuned, merged and every GGUF file on the held-out rows, and write the report."
     run = Path(run)
     def make(folder):
-        rows, held_out = _judged_rows(recipe, run)
+        rows, held_out = rows_to_measure(run, recipe.eval_rows)
         asked = _drawn(len(rows), recipe)
         models, scored, answers = _judge_models(settle_dtype(recipe, run), run, rows, asked)
         chosen = [rows[i] for i in asked]
@@ -216,12 +217,6 @@ def _is_merged(name, run):
     file = proofs['files_proved'].get(name.removeprefix('gguf-'), {}).get('file', {})
     config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
     return (name, config['dtype'], file.get('different')) == ('gguf-bf16', 'bfloat16', [])
-
-def _judged_rows(recipe, run):
-    "Take the held-out rows, or training rows where the recipe holds none out, and say which."
-    valid = read_jsonl(need(run, 'data')/'valid.jsonl')
-    rows = valid or read_jsonl(need(run, 'data')/'train.jsonl')
-    return rows[:recipe.eval_rows or None], bool(valid)
 
 def load_judged(
     name: str,       # base, tuned, merged, or gguf- and the type of a file

@@ -15,12 +15,12 @@ from pathlib import Path
 from .prompt import (INPUT_HEAD, INSTRUCTION_HEAD, RESPONSE_HEAD, SECTION_GAP,
                                STYLES, format_prompt)
 from .recipe import Recipe
-from .runs import (file_hashes, need, note, read_jsonl, read_manifest,
-                             run_lock, stage, write_json)
+from .runs import (file_hashes, need, note, read_manifest, run_lock, stage,
+                             write_json)
 from .gguffile import check_gguf, read_gguf, write_gguf
 from .server import (check_name, create_model, ollama_client, read_modelfile,
                                server_url, server_version)
-from .data import load_rows
+from .data import load_rows, rows_to_measure
 from .base import TERMS, base_name, free_memory, is_gemma
 from .proof import (PARTS, SMALL, count_ties, difficult_rows, own_rounding,
                               proof_failures, reference_answers, verify_gguf,
@@ -155,9 +155,7 @@ def export_ollama(
 
 def _rows_to_prove(run):
     "A hundred rows to answer, held-out ones first, and the difficult ones."
-    data = need(run, 'data')
-    rows = read_jsonl(data/'valid.jsonl') + read_jsonl(data/'train.jsonl')
-    return rows[:100], difficult_rows()
+    return rows_to_measure(run, 100, fill=True)[0], difficult_rows()
 
 def _prove_files(recipe, run, folder, name, reference):
     "Read every GGUF file back and prove it on llama.cpp; say what the served one showed."

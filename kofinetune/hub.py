@@ -13,6 +13,7 @@ from pathlib import Path
 from .prompt import format_prompt
 from .recipe import Recipe
 from .runs import COMMANDS, need, read_manifest
+from .report import markdown_table
 
 # %% ../nbs/hub.ipynb #264ddd4d
 # stage, beginnings of names, kind
@@ -54,9 +55,8 @@ def metrics_table(
         text, form = [format(v, MEASURES[key][1])
                       for v in (m[key], *m.get(f'{key}_ci', ()))], '{} ({} to {})'
         return form.format(*text) if len(text) == 3 else text[0]
-    lines = [['model', *(MEASURES[key][0] for key in keys)], ['---'] * (len(keys) + 1)]
-    lines += [[name, *(cell(m, key) for key in keys)] for name, m in models.items()]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    return markdown_table(['model', *(MEASURES[key][0] for key in keys)],
+                          [[name, *(cell(m, key) for key in keys)] for name, m in models.items()])
 
 # %% ../nbs/hub.ipynb #27bbf684
 LICENCES = {(True, True): dict(license='other', license_name='gemma-terms-and-cc-by-nc-4.0',

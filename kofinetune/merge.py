@@ -12,8 +12,9 @@ import json, shutil
 from pathlib import Path
 
 from .recipe import Recipe
-from .runs import (need, note, progress, read_jsonl, read_manifest, stage,
-                             stage_fields, write_json)
+from .runs import (need, note, progress, read_manifest, stage, stage_fields,
+                             write_json)
+from .data import rows_to_measure
 from .base import (base_path, free_memory, load_base, refuse_pickles,
                              settle_dtype)
 from .train import encode, load_tuned
@@ -229,7 +230,7 @@ def merge_adapter(
     "Write `run/merged`: one model, the better way by number, with every tokenizer file."
     def make(folder):
         check_adapter(recipe, run)
-        rows, held_out = _measured_rows(run)
+        rows, held_out = rows_to_measure(run, MEASURED)
         settled = settle_dtype(recipe, run)
         live, tok = load_tuned(settled, run)
         kept = answer_states(live, tok, rows, recipe.style, recipe.max_length)
@@ -258,12 +259,6 @@ def merge_ways(
 
 # %% ../nbs/02_merge.ipynb #7062dcf9
 MEASURED = 250   # rows that the ways are compared on, at most
-
-def _measured_rows(run):
-    "Take held-out rows, or training rows where there are none, and say which."
-    data = need(run, 'data')
-    valid = read_jsonl(data/'valid.jsonl')
-    return (valid or read_jsonl(data/'train.jsonl'))[:MEASURED], bool(valid)
 
 def _write_way(way, recipe, run, folder, rows, kept):
     "Merge one way, write it, read it back, and compare it with what was kept of the live model."
