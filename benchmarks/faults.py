@@ -26,7 +26,7 @@ from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write
 from kofinetune.data import load_rows
 
 FOLDERS = {command: name for name, command in COMMANDS.items()}
-SETTINGS = dict(rows=44, valid_rows=6, epochs=1.0, max_length=64, grad_accum=2, save_steps=2, lora_r=4, lora_dropout=.1,
+SETTINGS = dict(rows=44, valid_rows=6, epochs=1.0, max_length=64, grad_accum=2, save_steps=2, lora_r=4, **{'lora.lora_dropout': .1},
                 max_new_tokens=8, gguf='q8_0')
 GEMMA_SETTINGS = dict(rows=240, valid_rows=20, epochs=1.0, save_steps=.25, gguf='q8_0')   # of the recipe laptop
 SECONDS = {'train_runtime', 'train_samples_per_second', 'train_steps_per_second', 'eval_runtime', 'eval_samples_per_second',

@@ -27,8 +27,8 @@ ABLATIONS = {   # name: (recipe, changes to it, changes to TRL's settings); all 
     'batch_32': ('best', dict(batch_size=32, grad_accum=1), {}),
     'compile': ('best', dict(batch_size=16, grad_accum=1), dict(torch_compile=True)),
     'eager_attention': ('best', {}, dict(attention='eager')),
-    'adamw_8bit': ('best', dict(optim='adamw_bnb_8bit'), {}),
-    'adafactor': ('best', dict(optim='adafactor'), {})}
+    'adamw_8bit': ('best', dict(trainer=dict(optim='adamw_bnb_8bit')), {}),
+    'adafactor': ('best', dict(trainer=dict(optim='adafactor')), {})}
 ON_A_CPU = ('nf4_lora', 'nf4_lora_packed_each_use', 'bf16_lora', 'full')   # the ablations that are measured there
 
 
@@ -56,8 +56,8 @@ def settings(name, model, cuda):
         more = dict(gradient_checkpointing=True)   # what TRL does where the post says nothing
     else: kind, changes, more = 'best', {}, {}
     if kind == 'best' and not cuda: changes = dict(batch_size=1, grad_accum=16) | changes   # the same step, less memory
-    whole = dict(base=str(model), revision='', loss='whole', style='blog', epochs=1.0, warmup=0.0)
-    return Recipe.named(kind).replace(**(whole | changes)), dict(more)
+    whole = dict(base=str(model), revision='', loss='whole', style='blog', epochs=1.0, trainer=dict(warmup_steps=0.0))
+    return Recipe.named(kind).replace(**whole).replace(**changes), dict(more)
 
 
 def measure(name, model, rows, threads, top=0):

@@ -29,12 +29,17 @@ def parse_setting(
 ) -> tuple[str, object]:  # the field's name, and the value in the field's type
     "Read one `--set`. Raises ValueError for an unknown field or a value of another type."
     name, equals, value = text.partition('=')
+    name, _, option = ('lora_r', '', '') if name == 'lora.r' else name.partition('.')
     kinds = {f.name: f.type for f in fields(Recipe)}
     if not equals: raise ValueError(f'--set {text!r} has no "="; write --set learning_rate=1e-4')
     if name not in kinds:
         raise ValueError(f'a recipe has no field {name!r}{nearest(name, kinds)}; '
                          f'it has {", ".join(kinds)}')
     kind = kinds[name]
+    if (kind is dict) != bool(option):
+        raise ValueError(f'--set {text!r}: write --set ' + (
+            f'{name}.OPTION=VALUE' if kind is dict else f'{name}={value}'))
+    if kind is dict: return name, {option: _option_value(value)}
     if kind is bool and value.lower() in ('true', 'false'): return name, value.lower() == 'true'
     try:
         if kind in (str, int, float): return name, kind(value)
@@ -42,6 +47,11 @@ def parse_setting(
     if kind in (bool, int, float):
         raise ValueError(f'{name} is {value!r}; it must be {kind.__name__}')
     return name, tuple(v for v in value.split(',') if v)
+
+def _option_value(text):
+    "Read the value of a library's option: a number, true, false, null, a list with commas, or text."
+    try: return json.loads(text)
+    except ValueError: return text.split(',') if ',' in text else text
 
 # %% ../nbs/cli.ipynb #9c41e63a
 def resolve(
@@ -55,7 +65,10 @@ def resolve(
     elif recipe is None or recipe in PRESETS: chosen = Recipe.named(recipe or 'laptop')
     elif Path(recipe).suffix in ('.toml', '.json'): chosen = Recipe.load(Path(recipe))
     else: chosen = Recipe.named(recipe)
-    chosen = chosen.replace(**dict(map(parse_setting, settings)))
+    changes = {}
+    for name, value in map(parse_setting, settings):
+        changes[name] = changes.get(name, {}) | value if isinstance(value, dict) else value
+    chosen = chosen.replace(**changes)
     return chosen, Path(run) if run is not None else Path('runs')/chosen.name
 
 # %% ../nbs/cli.ipynb #8991b9e7
@@ -107,9 +120,11 @@ def run_all(recipe: RecipeOption = None, run: RunOption = None, settings: SetOpt
     "Every stage in order, skipping the finished ones, and a table at the end."
     from kofinetune.base import check_room
     from kofinetune.server import check_name
+    from kofinetune.train import check_options
     chosen, where = resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')    # now, not after the training
     if _is_missing(where, STAGES, force): check_room(chosen, where)
+    if _is_missing(where, ['adapter'], force): check_options(chosen)
     with nullcontext() if rank() else run_lock(where):      # held between the stages too
         for number, name in enumerate(COMMANDS.values(), 1):
             typer.echo(f'[{number}/{len(COMMANDS)}] {name}')

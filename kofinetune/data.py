@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-from .recipe import Recipe
+from .recipe import Recipe, read_text, utf8_fault
 from .runs import need, progress, read_jsonl, stage, write_json, write_jsonl
 from .audit import DETECTORS, astray_batches, audit, near_pairs
 
@@ -107,16 +107,9 @@ def _decode(text, start=0):
     except (ValueError, RecursionError) as e: why = f'{e!s:.60}'
     return None, start, ('', 'not JSON', f' is not JSON: {why}')
 
-def _not_utf8(error, path):
-    "Make a fault of a decoding error, with the command that mends it."
-    coding = 'utf-16' if error.object[:2] in (b'\xff\xfe', b'\xfe\xff') else 'cp949'
-    byte = f'byte {error.start} is {error.object[error.start]:#04x}'
-    return ('', 'not UTF-8', f' is not UTF-8 ({byte}); '
-                             f'mend it with: iconv -f {coding} -t utf-8 {path.name}')
-
 def _array_items(path):
     "Yield (where, value, fault) for each element of a JSON array, up to one that cannot be read."
-    text = _whole_text(path)
+    text = read_text(path)
     array, end, fault = _decode(text)
     if not (text.strip() and (fault or isinstance(array, list))):
         if not text.strip(): return
@@ -138,18 +131,13 @@ def _array_items(path):
         if comma: pos = comma.end()
     yield f'row {number}', None, fault
 
-def _whole_text(path):
-    "Read all of a file. ValueError says which byte is not UTF-8."
-    try: return path.read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f'{path}{_not_utf8(e, path)[2]}') from None
-
 def _decoded_lines(lines, path, first=True):
     "Yield (number from 1, value, fault) for each line of bytes that is not blank."
     for number, line in enumerate(lines, 1):
         if number == 1 and first: line = line.removeprefix(b'\xef\xbb\xbf')
         value, fault = None, None
         try: text = line.decode('utf-8')
-        except UnicodeDecodeError as e: text, fault = '?', _not_utf8(e, path)
+        except UnicodeDecodeError as e: text, fault = '?', ('', 'not UTF-8', utf8_fault(e, path))
         if not text.strip(' \t\r\n'): continue
         if not fault: value, end, fault = _decode(text)
         if not fault and text[end:].strip(' \t\r\n'):
@@ -163,7 +151,7 @@ def _line_items(path):
 
 def _csv_items(path):
     "Yield (where, value, fault) for each row of a CSV file whose first line names the columns."
-    text = _whole_text(path)
+    text = read_text(path)
     before = csv.field_size_limit(max(len(text), 1))
     try:
         reader, start = csv.reader(io.StringIO(text, newline=''), strict=True), 1

@@ -218,7 +218,7 @@ def _limits(recipe, report, judged, what):
 
 def _versions(recipe, record):
     "Say with which settings and versions the model was made."
-    settings = ('quant', 'adapter', 'lora_r', 'lora_alpha', 'loss', 'packing', 'max_length',
+    settings = ('quant', 'adapter', 'lora_r', 'lora', 'trainer', 'loss', 'packing', 'max_length',
                 'epochs', 'batch_size', 'grad_accum',
                 'learning_rate', 'seed')
     return ('Settings: ' + ', '.join(f'{name} {getattr(recipe, name)}'

@@ -30,11 +30,9 @@ class Stage(NamedTuple):
 STAGES = {   # the stage's folder in the run -> what makes it; each reads the fields of those before it too
     'data': Stage('data', 'kofinetune.data:prepare', 'source rows valid_rows drop normalize seed'),
     'adapter': Stage('train', 'kofinetune.train:finetune',
-                     'style base revision quant dequantize adapter lora_r lora_alpha lora_dropout '
-                     'target_modules use_rslora use_dora trainable_token_indices '
-                     'neftune_noise_alpha loss packing max_length epochs batch_size grad_accum '
-                     'learning_rate lr_scheduler warmup weight_decay optim '
-                     'activation_checkpointing save_steps early_stopping_patience dtype'),
+                     'style base revision quant dequantize adapter lora_r lora trainer loss '
+                     'packing max_length epochs batch_size grad_accum learning_rate save_steps '
+                     'early_stopping_patience dtype'),
     'merged': Stage('merge', 'kofinetune.merge:merge_adapter', 'merge'),
     'ollama': Stage('export', 'kofinetune.export:export_ollama',
                     'gguf ollama_name max_new_tokens temperature num_ctx'),

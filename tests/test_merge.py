@@ -75,7 +75,7 @@ def test_merged_weights_are_base_plus_pair_rounded_once(tmp_path):
     assert set(base) == set(merged) and len(changed) == 28
     for name in changed:
         A, B = (pair[f'base_model.model.{name.removesuffix(".weight")}.lora_{half}.weight'].double() for half in 'AB')
-        exact = base[name].double() + B @ A * recipe.lora_alpha / recipe.lora_r
+        exact = base[name].double() + B @ A * recipe.lora_options()['lora_alpha'] / recipe.lora_r
         assert (merged[name].double() - exact).abs().max() <= exact.abs().max() * 2 ** -8
 
 
@@ -109,7 +109,7 @@ def test_every_kind_of_adapter_that_peft_merges(kind, tmp_path):
     from peft import LoraConfig, get_peft_model
     recipe = Recipe.named('rehearsal')
     model, tok = load_base(recipe, quant='none', dtype=torch.float32)
-    live = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=list(recipe.target_modules), **kind))
+    live = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=recipe.lora_options()['target_modules'], **kind))
     for name, p in live.named_parameters():
         if 'lora_B' in name or 'magnitude' in name: p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * .02
     live.save_pretrained(tmp_path)

@@ -12,7 +12,7 @@ from kofinetune.runs import read_jsonl
 from kofinetune.data import prepare
 from kofinetune.merge import merge_adapter
 from kofinetune.base import load_base, load_tokenizer
-from kofinetune.train import add_lora, check_names, encode_rows, finetune, load_tuned, make_trainer
+from kofinetune.train import add_lora, check_options, encode_rows, finetune, load_tuned, make_trainer
 
 TINY = Recipe.named('rehearsal').replace(rows=60, valid_rows=8, epochs=1.0, max_length=96, quant='none', lora_r=4, save_steps=100.)
 
@@ -26,12 +26,12 @@ def plain(tmp_path_factory):
 
 def rslora(run, weights, plain):
     scaling = load_tuned(TINY, run)[0].base_model.model.model.layers[0].mlp.up_proj.scaling['default']
-    assert scaling == pytest.approx(TINY.lora_alpha / math.sqrt(TINY.lora_r))
+    assert scaling == pytest.approx(TINY.lora_options()['lora_alpha'] / math.sqrt(TINY.lora_r))
 
 
 def dora(run, weights, plain):
     lengths = {n: w for n, w in weights.items() if 'magnitude' in n}
-    fresh = add_lora(load_base(TINY)[0], TINY.replace(use_dora=True)).state_dict()
+    fresh = add_lora(load_base(TINY)[0], TINY.replace(lora=dict(use_dora=True))).state_dict()
     before = {n: w for n, w in fresh.items() if 'magnitude' in n}
     assert len(lengths) == len(before) == len([n for n in weights if 'lora_A' in n])
     assert all((w != before[n.replace('lora_magnitude_vector', 'lora_magnitude_vector.default.weight')]).any() for n, w in lengths.items())
@@ -39,7 +39,7 @@ def dora(run, weights, plain):
 
 def neftune(run, weights, plain):
     assert any((weights[n] != plain[2][n]).any() for n in weights)
-    recipe = TINY.replace(neftune_noise_alpha=5.0)
+    recipe = TINY.replace(trainer=dict(neftune_noise_alpha=5.0))
     model, tok = add_lora(load_base(recipe)[0], recipe), load_tokenizer(recipe)
     rows, _ = encode_rows(read_jsonl(run/'data'/'train.jsonl')[:4], tok, recipe)
     trainer = make_trainer(model, tok, rows, rows, recipe, run/'again')
@@ -75,7 +75,7 @@ def tokens(run, weights, plain):
 def checkpointing(run, weights, plain):
     assert all(torch.allclose(weights[n], plain[2][n], atol=1e-6) for n in weights)        # memory differs, numbers do not
     trainer = make_trainer(*load_base(TINY), encode_rows([dict(instruction='가', input='', output='나')], load_tokenizer(TINY), TINY)[0],
-                           [], TINY.replace(activation_checkpointing=True), run/'again')
+                           [], TINY.replace(trainer=dict(activation_checkpointing=True)), run/'again')
     trainer.train()
     assert trainer.model.is_activation_checkpointing
 
@@ -101,13 +101,13 @@ def scheduled(run, weights, plain):
 
 
 OPTIONS = {
-    'use_rslora': (dict(use_rslora=True), rslora), 'use_dora': (dict(use_dora=True), dora),
-    'neftune_noise_alpha': (dict(neftune_noise_alpha=5.0), neftune),
-    'all-linear': (dict(target_modules=('all-linear',)), all_linear),
-    'trainable_token_indices': (dict(trainable_token_indices=('<end_of_turn>', '<eos>')), tokens),
-    'activation_checkpointing': (dict(activation_checkpointing=True), checkpointing),
-    'report_to': (dict(report_to='tensorboard'), tensorboard), 'optim': (dict(optim='adafactor'), changed),
-    'grad_accum': (dict(grad_accum=4), accumulated), 'lr_scheduler': (dict(lr_scheduler='constant_with_warmup'), scheduled),
+    'use_rslora': (dict(lora=dict(use_rslora=True)), rslora), 'use_dora': (dict(lora=dict(use_dora=True)), dora),
+    'neftune_noise_alpha': (dict(trainer=dict(neftune_noise_alpha=5.0)), neftune),
+    'all-linear': (dict(lora=dict(target_modules='all-linear')), all_linear),
+    'trainable_token_indices': (dict(lora=dict(trainable_token_indices=['<end_of_turn>', '<eos>'])), tokens),
+    'activation_checkpointing': (dict(trainer=dict(activation_checkpointing=True)), checkpointing),
+    'report_to': (dict(report_to='tensorboard'), tensorboard), 'optim': (dict(trainer=dict(optim='adafactor')), changed),
+    'grad_accum': (dict(grad_accum=4), accumulated), 'lr_scheduler': (dict(trainer=dict(lr_scheduler_type='constant_with_warmup')), scheduled),
 }
 
 
@@ -122,18 +122,21 @@ def test_the_option_does_what_it_says_and_the_adapter_merges(name, plain, tmp_pa
 
 
 def test_an_unknown_name_is_one_line_with_the_choices(monkeypatch):
-    for field, choice in (('optim', 'paged_adamw_8bit'), ('lr_scheduler', 'inverse_sqrt')):
-        with pytest.raises(ValueError, match=f"{field} is 'nonsense'; it is one of .*{choice}"): check_names(TINY.replace(**{field: 'nonsense'}))
+    for option, choice in (('optim', 'adamw_torch_fused'), ('lr_scheduler_type', 'inverse_sqrt')):
+        with pytest.raises(ValueError, match=f'nonsense is not a valid .*{choice}'): check_options(TINY.replace(trainer={option: 'nonsense'}))
+    with pytest.raises(ValueError, match=r'lora.use_dorra is no option of LoraConfig \(do you mean use_dora\?\)'): check_options(TINY.replace(lora=dict(use_dorra=True)))
+    with pytest.raises(ValueError, match='trainer.warmpu is no option of SFTConfig'): check_options(TINY.replace(trainer=dict(warmpu=1)))
+    with pytest.raises(ValueError, match='trainer.num_train_epochs is decided by the other fields'): check_options(TINY.replace(trainer=dict(num_train_epochs=1)))
     with pytest.raises(ValueError, match='report_to is .*none, tensorboard, trackio, wandb'): TINY.replace(report_to='mlflow')
     with pytest.raises(ValueError, match="'<turn>', which is no token of rehearsal"):
-        add_lora(load_base(TINY)[0], TINY.replace(trainable_token_indices=('<turn>',)))
+        add_lora(load_base(TINY)[0], TINY.replace(lora=dict(trainable_token_indices=['<turn>'])))
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='pip install trackio'): check_names(TINY.replace(report_to='trackio'))
+    with pytest.raises(ValueError, match='pip install trackio'): check_options(TINY.replace(report_to='trackio'))
 
 
 @pytest.mark.parametrize('change, said', [
-    (dict(adapter='none', use_dora=True), 'use_dora is True'), (dict(early_stopping_patience=3, valid_rows=0), 'set valid_rows'),
-    (dict(save_steps=1.5), 'save_steps is 1.5'), (dict(save_steps=0.0), 'save_steps is 0'), (dict(target_modules=('all-linear', 'q_proj')), 'stands alone'),
-    (dict(neftune_noise_alpha=-1.0), 'neftune_noise_alpha is -1')])
+    (dict(adapter='none', lora=dict(use_dora=True)), 'lora.use_dora is True'), (dict(lora=dict(r=8)), 'the rank is lora_r'), (dict(early_stopping_patience=3, valid_rows=0), 'set valid_rows'),
+    (dict(save_steps=1.5), 'save_steps is 1.5'), (dict(save_steps=0.0), 'save_steps is 0'),
+    (dict(lora=dict(lora_dropout=float('nan'))), 'lora.lora_dropout is nan')])
 def test_options_that_make_no_sense_together_are_refused(change, said):
     with pytest.raises(ValueError, match=said): TINY.replace(**change)

@@ -18,7 +18,7 @@ from kofinetune.runs import read_jsonl, write_json
 from kofinetune.data import prepare
 
 SMALL = Recipe.named('rehearsal').replace(rows=80, valid_rows=8, epochs=2.0, max_length=64, grad_accum=2, save_steps=3,
-                                          lora_r=4, lora_dropout=.1)
+                                          lora_r=4, lora=dict(lora_dropout=.1))
 TIMES = {'train_runtime', 'train_samples_per_second', 'train_steps_per_second', 'eval_runtime', 'eval_samples_per_second',
          'eval_steps_per_second', 'predicted_seconds', 'tokens_per_second', 'peak_memory_bytes'}
 
@@ -178,7 +178,8 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(train, wh
 
 @pytest.mark.parametrize('valid_rows', [8, 0])
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(train, tmp_path, valid_rows):
-    recipe = SMALL.replace(valid_rows=valid_rows, learning_rate=9999., lora_alpha=2**32 - 1, warmup=.5, save_steps=1, lora_dropout=0.)
+    recipe = SMALL.replace(valid_rows=valid_rows, learning_rate=9999., save_steps=1,
+                           lora=dict(lora_alpha=2**32 - 1, lora_dropout=0.), trainer=dict(warmup_steps=.5))
     prepare(recipe, tmp_path)
     code, lines = train(recipe, tmp_path)
     assert code == 1 and re.match(r'ERROR RuntimeError: (eval_loss|loss|grad_norm) is (nan|inf) at step \d+; lower learning_rate', lines[-1])
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_checkpoint(tr
 
 def test_early_stopping_stops_and_the_best_checkpoint_is_kept_through_a_kill(train, tmp_path):
     from kofinetune.train import encode_rows, load_tuned, make_trainer
-    recipe = SMALL.replace(rows=48, epochs=30.0, learning_rate=2e-2, lr_scheduler='constant', early_stopping_patience=2)
+    recipe = SMALL.replace(rows=48, epochs=30.0, learning_rate=2e-2, trainer=dict(lr_scheduler_type='constant'), early_stopping_patience=2)
     prepare(recipe, tmp_path/'a')
     shutil.copytree(tmp_path/'a', tmp_path/'b')
     assert train(recipe, tmp_path/'a')[0] == 0
