@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLLAMA_UP := $(BIN)/python -c 'import sys; from kofinetune.server import server_version; sys.exit(not server_version())'
 
-.PHONY: run test check audit faults docs links po lab lock
+.PHONY: run test notebooks tests check audit faults docs links po lab lock
 run: $(READY)
 	$(BIN)/kofinetune run
 
-test: $(READY)
+test: notebooks tests
+
+notebooks: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
+
+tests: $(READY)
 	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile tests
 
 faults: $(READY)
