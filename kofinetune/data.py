@@ -97,37 +97,24 @@ def _pairs(pairs):
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
 _SPACE = re.compile(r'[ \t\n\r]*')
 
-def _decode(text, start=0):
-    "Decode one JSON value: (value, end, None), or (None, start, a fault)."
-    try: return *_DECODER.raw_decode(text, _SPACE.match(text, start).end()), None
+def _decode(text):
+    "Decode one JSON value: (value, end, None), or (None, 0, a fault)."
+    try: return *_DECODER.raw_decode(text, _SPACE.match(text).end()), None
     except json.JSONDecodeError as e:
         why = f'{e.msg.removesuffix(" at")} at line {e.lineno} column {e.colno}'
     except (ValueError, RecursionError) as e: why = f'{e!s:.60}'
-    return None, start, ('', 'not JSON', f' is not JSON: {why}')
+    return None, 0, ('', 'not JSON', f' is not JSON: {why}')
 
 def _array_items(path):
-    "Yield (where, value, fault) for each element of a JSON array, up to one that cannot be read."
+    "Yield (where, value, fault) for each element of a JSON array."
     text = read_text(path)
-    array, end, fault = _decode(text)
-    if not (text.strip() and (fault or isinstance(array, list))):
-        if not text.strip(): return
+    if not text.strip(): return
+    try: array = json.loads(text, object_pairs_hook=_pairs)
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON: {e}') from None
+    if not isinstance(array, list):
         held = 'dict' if isinstance(array, dict) else type(array).__name__
         raise ValueError(f'{path} holds {held}; it must be an array of rows')
-    if fault and text[_SPACE.match(text).end()] != '[': raise ValueError(f'{path}{fault[2]}')
-    if not fault:
-        yield from ((f'row {i}', value, None) for i, value in enumerate(array))
-        rest = text[end:].strip()
-        fault = ('', 'not JSON', f' stands behind the end of the array: {rest!r:.40}')
-        if rest: yield f'row {len(array)}', None, fault
-        return
-    pos, number, comma = text.index('[') + 1, 0, True
-    while comma:
-        value, pos, broken = _decode(text, pos)
-        if broken: break
-        yield f'row {number}', value, None
-        number, comma = number + 1, re.compile(r'[ \t\n\r]*,').match(text, pos)
-        if comma: pos = comma.end()
-    yield f'row {number}', None, fault
+    for i, value in enumerate(array): yield f'row {i}', value, None
 
 def _decoded_lines(lines, path, first=True):
     "Yield (number from 1, value, fault) for each line of bytes that is not blank."

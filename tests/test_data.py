@@ -168,7 +168,7 @@ def test_stage_is_whole_or_absent(tmp_path):
 
 
 def test_second_process_on_a_run_is_refused_and_a_dead_one_holds_nothing(tmp_path):
-    code = ('import sys; from kofinetune.data import run_lock\n'
+    code = ('import sys; from kofinetune.runs import run_lock\n'
             'with run_lock(sys.argv[1]): print("held", flush=True); sys.stdin.read()')
     other = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == 'held\n'
