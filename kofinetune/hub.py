@@ -7,12 +7,13 @@ __all__ = ['WHAT', 'MEASURES', 'push_files', 'metrics_table', 'card_data', 'mode
 
 # %% ../nbs/hub.ipynb #5e03e6ec
 import json, re
+from dataclasses import asdict
 from pathlib import Path
 
 from .prompt import format_prompt
 from .recipe import Recipe
 from .runs import COMMANDS, need, read_manifest
-from .report import markdown_table
+from .report import headline, markdown_table, render_page
 
 # %% ../nbs/hub.ipynb #264ddd4d
 # stage, beginnings of names, kind
@@ -95,52 +96,6 @@ def card_data(
                          datasets=['beomi/KoAlpaca-v1.1a'] if data == 'koalpaca-v1.1a' else None,
                          model_name=title, eval_results=results, **mine, **origin)
 
-# %% ../nbs/hub.ipynb #867b9cd5
-def _how_to_run(
-    recipe: Recipe,    # base, style, max_new_tokens
-    what: str,         # merged, adapter or gguf
-    repo: str,         # owner/name on the Hub
-    modelfile: str,    # the run's Modelfile, or '' where there is none
-) -> str:              # Markdown
-    "Say how to run what is published, with transformers and with Ollama."
-    from kofinetune.base import PACKAGED, base_name
-    prompt = format_prompt(dict(instruction='대한민국의 수도는 어디인가요?', input=''), recipe.style)
-    base = base_name(recipe.base)
-    ours = base in ('rehearsal', *PACKAGED)
-    where = f'base_path({base!r})' if ours else repr(base)
-    load = {'merged': f'write = pipeline("text-generation", model="{repo}")',
-            'adapter': f'base = {where}\nmodel = PeftModel.from_pretrained('
-                       f'AutoModelForCausalLM.from_pretrained(base), "{repo}")\n'
-                       'write = pipeline("text-generation", model=model, '
-                       'tokenizer=AutoTokenizer.from_pretrained(base))'}
-    names = {'merged': 'pipeline', 'adapter': 'AutoModelForCausalLM, AutoTokenizer, pipeline'}
-    first = 'from peft import PeftModel\n' if what == 'adapter' else ''
-    if first and ours: first += 'from kofinetune.base import base_path\n'
-    python = '' if what == 'gguf' else (
-        f'### transformers\n\n```python\n{first}'
-        f'from transformers import {names[what]}\n\n{load[what]}\nprompt = {prompt!r}\n'
-        'made = write(prompt, return_full_text=False, do_sample=False, '
-        f'max_new_tokens={recipe.max_new_tokens})\n'
-        'print(made[0]["generated_text"])\n```\n\n')
-    if what == 'merged' and not modelfile: return python.rstrip()
-    if what == 'adapter':
-        return (f'{python}### Ollama\n\n'
-                'Ollama needs one whole model: merge the adapter with its base first.')
-    return python + _with_ollama(what, repo, modelfile)
-
-def _with_ollama(what, repo, modelfile):
-    "Say how to run a merged folder or GGUF files with Ollama."
-    write = ("python -c 'from kofinetune.export import write_gguf; "
-             'write_gguf(".", "model-bf16.gguf")\'   # of the kofinetune package')
-    steps = [f'hf download {repo} --local-dir model', 'cd model']
-    if what == 'merged': steps += [write, '# save the Modelfile below in this folder, then:']
-    steps += ['ollama create kofinetune-model -f Modelfile',
-              'ollama run kofinetune-model "대한민국의 수도는 어디인가요?"']
-    text = '### Ollama\n\n```bash\n' + '\n'.join(steps) + '\n```'
-    if what != 'merged': return text
-    shown = re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile)
-    return f'{text}\n\n~~~text\n{shown}~~~'
-
 # %% ../nbs/hub.ipynb #4647d0e1
 def model_card(
     run: Path,               # a finished run
@@ -148,28 +103,25 @@ def model_card(
     repo: str = 'me/model',  # owner/name on the Hub
 ) -> str:                    # Markdown with YAML front matter, as the Hub reads it
     "Write the card of what a run publishes, from its recipe, its manifest and its report."
-    from kofinetune.report import headline
+    from kofinetune.base import PACKAGED, base_name
+    run = Path(run)
     recipe, record = Recipe.load(need(run, 'eval').parent/'recipe.json'), read_manifest(run)
     report = json.loads((need(run, 'eval')/'report.json').read_text(encoding='utf-8'))
     judged = {'merged': 'merged', 'adapter': 'tuned'}.get(what) or _judged_gguf(record, report)
     title, made = repo.split('/')[-1], run/'ollama'/'Modelfile'
-    prompt = format_prompt(dict(instruction='{instruction}', input='{input}'), recipe.style)
-    parts = [f'# {title}', f'{headline(report)} Published here: {WHAT[what][2]}.', '## Measured',
-             metrics_table(report),
-             f'The row that stands for these files is `{judged}`. '
-             'Intervals are 95 %, by bootstrap over rows.',
-             '## How to run it',
-             _how_to_run(recipe, what, repo,
-                        made.read_text(encoding='utf-8') if made.is_file() else ''),
-             '## Prompt', f'```text\n{prompt}```\n\n`### Input:` ' + (
-                 'stands there even when it is empty.' if recipe.style == 'blog' else
-                 'is left out where there is none.') +
-             ' The answer follows, and `<eos>` ends it.',
-             '## Data, base and terms', _made_of(recipe, record), '## Limits',
-             _limits(recipe, report, judged, what),
-             '## Made with', _versions(recipe, record)]
-    return (f'---\n{card_data(recipe, report, what, judged, title).to_yaml()}\n---\n\n'
-            + '\n\n'.join(parts) + '\n')
+    shown = made.read_text(encoding='utf-8') if made.is_file() else ''
+    ask = lambda instruction, given: format_prompt(dict(instruction=instruction, input=given), recipe.style)
+    base, stages = base_name(recipe.base), record['stages']
+    return render_page(
+        'card.md.jinja', data=card_data(recipe, report, what, judged, title).to_yaml(), title=title,
+        headline=headline(report), kind=WHAT[what][2], table=metrics_table(report), judged=judged,
+        what=what, repo=repo, recipe=asdict(recipe), report=report, base=base,
+        ours=base in ('rehearsal', *PACKAGED), question=repr(ask('대한민국의 수도는 어디인가요?', '')),
+        modelfile=re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', shown),
+        prompt=ask('{instruction}', '{input}'), rows=stages['data']['result'], terms=_terms(recipe),
+        settings=('quant', 'adapter', 'lora_r', 'lora', 'trainer', 'loss', 'packing', 'max_length',
+                  'epochs', 'batch_size', 'grad_accum', 'learning_rate', 'seed'),
+        merge=stages['merged']['result']['merge'], versions=record['versions'])
 
 def _judged_gguf(record, report):
     "Name the report's model that stands for the GGUF files: the served one, or the merged one."
@@ -181,49 +133,6 @@ def _terms(recipe):
     "Say both terms, without a path of this machine."
     from kofinetune.export import licences
     return licences(recipe.source, recipe.base)
-
-def _made_of(recipe, record):
-    "Say what the model was made of."
-    from kofinetune.base import base_name
-    data = record['stages']['data']['result']
-    base = base_name(recipe.base) + (f' at revision {recipe.revision}' if recipe.revision else '')
-    known = record['stages']['eval']['result']['base_note']
-    base += f'. {known}' if known else ''
-    return '\n'.join([f'- {data["train"]:,} rows to train on, {data["valid"]:,} held out, '
-                      f'of {data["rows"]:,}',
-                      f'- base: {base}', *(f'- {" ".join(text.split())}'
-                                           for text in _terms(recipe))])
-
-def _limits(recipe, report, judged, what):
-    "List what the numbers do not say."
-    limits = ['Trained on single questions with one answer each: '
-              'it has no memory of earlier turns.',
-              'Another prompt than the one above was not trained and was not measured.',
-              'Not judged: truth of the answers, safety, bias, other languages.']
-    if not report['held_out']:
-        limits.insert(0, 'The rows it was measured on were trained on: '
-                         'nothing here says how it does on others.')
-    if recipe.base == 'rehearsal':
-        limits.insert(0, 'The base is a stand-in made in a minute. The numbers show that the '
-                         'method works, and say nothing of the quality of Gemma.')
-    elif report['base_note']: limits.insert(0, report['base_note'])
-    if recipe.source.startswith('koalpaca'):
-        limits.append('The answers of KoAlpaca were written by a language model, '
-                      'and some are wrong.')
-    if what == 'gguf' and judged == 'merged':
-        limits.append('The files were not judged themselves; '
-                      'the numbers are those of the model they were made of.')
-    return '\n'.join(f'- {text}' for text in limits)
-
-def _versions(recipe, record):
-    "Say with which settings and versions the model was made."
-    settings = ('quant', 'adapter', 'lora_r', 'lora', 'trainer', 'loss', 'packing', 'max_length',
-                'epochs', 'batch_size', 'grad_accum',
-                'learning_rate', 'seed')
-    return ('Settings: ' + ', '.join(f'{name} {getattr(recipe, name)}'
-                                     for name in settings) + '. Merge: '
-            + record['stages']['merged']['result']['merge'] + '.\n\nVersions: '
-            + ', '.join(f'{name} {v}' for name, v in record['versions'].items()) + '.')
 
 # %% ../nbs/hub.ipynb #299cf479
 def push_run(
