@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DETECTORS', 'FILE_DETECTORS', 'empty_answer', 'no_hangul', 'echoes_question', 'no_input_answer', 'placeholder_input',
            'prompt_marker', 'odd_number', 'mixed_speech', 'truncated_ending', 'exact_duplicate', 'shingles', 'overlap',
-           'similar_pairs', 'near_pairs', 'near_duplicate', 'pair_vectors', 'likeness', 'luck', 'astray_batches',
-           'astray_batch', 'length_outlier', 'audit', 'audit_summary']
+           'similar_pairs', 'near_pairs', 'near_duplicate', 'luck', 'astray_batches', 'astray_batch', 'length_outlier',
+           'audit', 'audit_summary']
 
 # %% ../nbs/audit.ipynb #785769bc
 import math, random, re, zlib
@@ -104,6 +104,7 @@ def exact_duplicate(rows: list[dict]) -> list[int]:
         seen.add(key)
     return copies
 
+# %% ../nbs/audit.ipynb #83d80d6b
 def shingles(
     text: str,
     size: int = 3,
@@ -112,12 +113,14 @@ def shingles(
     text = ''.join(c for c in text.lower() if c.isalnum())
     return {text[i:i + size] for i in range(max(len(text) - size + 1, 1))} - {''}
 
+# %% ../nbs/audit.ipynb #dcac1242
 def overlap(
     a: set, b: set,
 ) -> float:  # 0 to 1: shared among all (the Jaccard index)
     "Measure how much two sets share."
     return len(a & b) / len(a | b) if a or b else 0.0
 
+# %% ../nbs/audit.ipynb #6cfb8dba
 def similar_pairs(
     texts: list[str],
     least: float = .8,           # overlap of shingles from which two texts count as similar
@@ -142,6 +145,7 @@ def similar_pairs(
         if others is None: index.insert(i, mark, check_duplication=False)
     return found
 
+# %% ../nbs/audit.ipynb #a35add8e
 def near_pairs(
     rows: list[dict],
 ) -> list[tuple[int, int]]:  # (row, an earlier row that it repeats, or nearly)
@@ -150,13 +154,14 @@ def near_pairs(
     alike = lambda i, j: overlap(shingles(rows[i]['output']), shingles(rows[j]['output'])) >= .8
     return [(i, j) for i, j, share in pairs if share == 1 or alike(i, j)]
 
+# %% ../nbs/audit.ipynb #e8a8340a
 def near_duplicate(rows: list[dict]) -> list[int]:
     "List rows that ask as an earlier row does, or ask and answer nearly the same; no exact copies."
     exact = set(exact_duplicate(rows))
     return [i for i, _ in near_pairs(rows) if i not in exact]
 
 # %% ../nbs/audit.ipynb #51c2904f
-def pair_vectors(
+def _pair_vectors(
     texts: list[str],
 ) -> list[dict[str, float]]:  # letter pair -> weight; each vector has length 1
     "Weigh the letter pairs of each text by how rare they are among `texts` (TF-IDF)."
@@ -167,10 +172,10 @@ def pair_vectors(
     lengths = [math.sqrt(sum(w * w for w in v.values())) or 1.0 for v in vectors]
     return [{pair: w / length for pair, w in v.items()} for v, length in zip(vectors, lengths)]
 
-def likeness(
+def _likeness(
     a: dict[str, float], b: dict[str, float],
 ) -> float:  # 0: nothing shared; 1: the same
-    "Multiply two vectors of `pair_vectors`."
+    "Multiply two vectors of `_pair_vectors`."
     if len(a) > len(b): a, b = b, a
     return sum(weight * b[pair] for pair, weight in a.items() if pair in b)
 
@@ -185,7 +190,7 @@ def _stray_gaps(
     count = len(answers)
     near = np.zeros((size, count))                # near[d, i]: likeness of answers i and i + d
     for d in range(1, size):
-        near[d, :max(count - d, 0)] = [likeness(a, b) for a, b in zip(answers, answers[d:])]
+        near[d, :max(count - d, 0)] = [_likeness(a, b) for a, b in zip(answers, answers[d:])]
     start = np.arange(count - size + 1)
     gaps = np.empty((len(start), size))
     for p in range(size):
@@ -217,9 +222,9 @@ def astray_batches(
     "Find the batches whose answers belong to one question; smaller `chance` is surer."
     if len(rows) <= 2 * size: return []
     questions = [f'{r["instruction"]}\n{r["input"]}' for r in rows]
-    vectors = pair_vectors(questions + [r['output'] for r in rows])
+    vectors = _pair_vectors(questions + [r['output'] for r in rows])
     asked, answers = vectors[:len(rows)], vectors[len(rows):]
-    own = [likeness(a, q) for a, q in zip(answers, asked)]
+    own = [_likeness(a, q) for a, q in zip(answers, asked)]
     order = random.Random(0).sample(range(len(rows)), len(rows))
     shuffled = _stray_gaps([answers[i] for i in order], [own[i] for i in order], size)
     gaps, chances = _stray_gaps(answers, own, size), luck((shuffled > 0).sum(1), size)

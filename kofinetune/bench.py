@@ -44,6 +44,7 @@ def load_tasks(
         raise RuntimeError(f'the data of {name} could not be loaded ({str(e).splitlines()[0]}); '
                            'it needs a network, once') from None
 
+# %% ../nbs/bench.ipynb #79047978
 def choice_task(
     rows: list[dict],      # with kind
     style: str = 'alpaca',
@@ -65,6 +66,7 @@ def choice_task(
                 doc_to_target='gold',
                 target_delimiter='', metric_list=[dict(metric='acc')], metadata=dict(version=1))
 
+# %% ../nbs/bench.ipynb #913c0d96
 def run_tasks(
     model, tok,                # any causal model of transformers, and its tokenizer
     tasks: dict,               # what `load_tasks` returns
@@ -100,6 +102,7 @@ def _data_ids(tasks):
         return Path(d.cache_files[0]['filename']).parent.name if d.cache_files else d._fingerprint
     return {name: identity(d) for name, d in splits.items()}
 
+# %% ../nbs/bench.ipynb #3003531b
 def benchmark(
     recipe: Recipe,
     run: Path,                                   # a run whose adapter is there

@@ -305,6 +305,7 @@ def ask(run: _RunArgument, question: Annotated[str, typer.Argument(help='The ins
         made = generate(model, tok, [row], chosen.style, chosen.max_new_tokens)
         typer.echo(f'{name}: {made[0]["answer"]}')
 
+# %% ../nbs/cli.ipynb #56e77e55
 @app.command('verify')
 def verify(run: _RunArgument,
            everything: Annotated[bool, typer.Option(

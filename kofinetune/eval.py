@@ -218,6 +218,7 @@ def _is_merged(name, run):
     config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
     return (name, config['dtype'], file.get('different')) == ('gguf-bf16', 'bfloat16', [])
 
+# %% ../nbs/04_eval.ipynb #44ed4160
 def load_judged(
     name: str,       # base, tuned, merged, or gguf- and the type of a file
     recipe: Recipe,

@@ -41,6 +41,7 @@ def prompt_template(
     if style == 'alpaca': given = '{{ if .System }}' + given + '{{ end }}'
     return last + INSTRUCTION_HEAD + '{{ $question }}' + SECTION_GAP + given + RESPONSE_HEAD
 
+# %% ../nbs/03_ollama_export.ipynb #ac129138
 def modelfile_value(
     text: str,   # what Ollama shall read
     where: str,  # the instruction it belongs to, for the message
@@ -55,6 +56,7 @@ def modelfile_value(
             raise ValueError(f'{where}: line {number} ends in """, which would end the value there')
     return f'"""{text}"""'
 
+# %% ../nbs/03_ollama_export.ipynb #9d5eb3a7
 def modelfile(
     gguf: str,                 # the file's name, beside the Modelfile
     style: str = 'alpaca',     # as trained
@@ -233,6 +235,7 @@ def _register(recipe, run, result, reference):
     proof['served']['name'] = name
     return _record(run, result | proof | dict(registered=True))
 
+# %% ../nbs/03_ollama_export.ipynb #75f3b96b
 def served_differences(
     name: str,     # a model's name
     folder: Path,  # with a Modelfile and the file that its FROM names

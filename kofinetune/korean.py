@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRS', 'PARTICLE', 'has_hangul', 'hangul_share', 'tail', 'Word', 'known_nouns', 'check_particles', 'speech_levels',
-           'speech_level', 'foreign_share', 'code_switching']
+           'speech_level', 'code_switching']
 
 # %% ../nbs/korean.ipynb #f013612a
 import re
@@ -106,7 +106,7 @@ _ASKS_FOREIGN = re.compile(r'영어|영문|번역|[가-힣]+어로|일본|중국
                           r'|파이썬|자바|자료형|데이터|알고리즘|정규|식을|공식|수학|계산|음계|변수|배열|클래스|명령|알파벳|문자|단어'
                           r'|약어|어근|웹|사이트|제목|책|노래|가사|영화|기사|리소스|니모닉|농담|[A-Za-z]{3,}')
 
-def foreign_share(
+def _foreign_share(
     text: str,
 ) -> float:  # 0 to 1: letters of foreign running text among all letters
     "Measure how much of `text` is in another language, outside code, brackets and quotations."
@@ -119,4 +119,4 @@ def code_switching(row: dict) -> bool:
     if not _FOREIGN.search(row['output']) or not has_hangul(row['output']): return False
     if _ASKS_FOREIGN.search(row['instruction'] + row['input']): return False
     if re.search(r'[{};]|==|->|<\w|\w\(\)|\bdef |\w=\w|\w\.js\b', row['output']): return False
-    return foreign_share(row['output']) > .02
+    return _foreign_share(row['output']) > .02

@@ -111,6 +111,7 @@ def compare_answers(
     return dict(max_difference=top, mean_difference=mean / tokens, kl=kl / tokens,
                 nll=(losses.sum(1) / tokens).tolist(), tokens=tokens, row_nll=by_row.tolist())
 
+# %% ../nbs/02_merge.ipynb #52a7f4a1
 def compare_models(
     one, two,               # causal models with one vocabulary
     tok,                    # their tokenizer

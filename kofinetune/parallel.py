@@ -73,6 +73,7 @@ def _follow(recipe, run, make, force):
     shutil.rmtree(Path(run)/'checkpoints', ignore_errors=True)   # on a disk of this machine's own
     return news
 
+# %% ../nbs/parallel.ipynb #a61989ff
 def broadcast(
     word: str = None,   # what the first process says; the others' is ignored
     news = None,        # anything that can be pickled
@@ -81,6 +82,7 @@ def broadcast(
     from accelerate.utils import broadcast_object_list
     return broadcast_object_list([word, news])
 
+# %% ../nbs/parallel.ipynb #267ba2a9
 def save_trained(
     trainer,       # after `train`
     folder: Path,  # gets the adapter, or the whole model

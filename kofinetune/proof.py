@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'BYTE', 'LIMITS', 'PARTS', 'CUT', 'serve_gguf', 'difficult_rows', 'reference_answers', 'verify_gguf',
-           'round_like', 'own_rounding', 'count_ties', 'proof_failures', 'compare_texts', 'verify_ollama']
+           'own_rounding', 'count_ties', 'proof_failures', 'compare_texts', 'verify_ollama']
 
 # %% ../nbs/proof.ipynb #1d272ec0
 import re, unicodedata
@@ -48,6 +48,7 @@ def difficult_rows() -> list[dict]:  # rows without an answer
     alone = [dict(instruction=text, input='') for text in texts]
     return alone + [dict(instruction='고치세요.', input=text) for text in texts]
 
+# %% ../nbs/proof.ipynb #a065d75a
 SMALL = 30e6  # parameters or bytes: below, two threads wait for each other longer than they work
 
 def reference_answers(
@@ -72,6 +73,7 @@ def reference_answers(
                 made[i]['letter'] = _first_letter(model, tok, made[i])
     return made
 
+# %% ../nbs/proof.ipynb #89ee66f7
 BYTE = re.compile('<0x[0-9A-F]{2}>')   # a token that is one byte of a letter
 
 def _first_letter(model, tok, made):
@@ -197,7 +199,7 @@ def _proof(seen, reference):
     return dict(tokens=tokens, logprobs=numbers, greedy=greedy)
 
 # %% ../nbs/proof.ipynb #2172655f
-def round_like(
+def _round_like(
     values,      # a float32 tensor of torch; its last dimension is the one that a product sums over
     dtype: str,  # 'bf16', 'f16' or 'q8_0'
 ):               # the tensor, rounded
@@ -210,6 +212,7 @@ def round_like(
     whole = torch.where(scale > 0, blocks / scale, 0).round()
     return (whole * scale.half().float()).reshape(values.shape)
 
+# %% ../nbs/proof.ipynb #359f2260
 def own_rounding(
     model_dir: Path,        # a merged folder
     prompts: list[str],
@@ -221,8 +224,8 @@ def own_rounding(
     model, tok = _load_exactly(model_dir)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
-            for part in layer.weight.data.split(8192): part.copy_(round_like(part, dtype))
-            layer.register_forward_pre_hook(lambda layer, given: (round_like(given[0], dtype),))
+            for part in layer.weight.data.split(8192): part.copy_(_round_like(part, dtype))
+            layer.register_forward_pre_hook(lambda layer, given: (_round_like(given[0], dtype),))
     gaps = []
     with _threads_for(model), torch.inference_mode():
         for chosen, batch in _batches(tok, prompts, 'rounding as the file does'):
@@ -248,6 +251,7 @@ def count_ties(
     return proof['greedy'] | dict(ties=ties, different=len(proof['greedy']['parted']) - ties,
                                   rounding=round(rounding, 6))
 
+# %% ../nbs/proof.ipynb #59cb2d68
 def proof_failures(
     proof: dict,     # what `verify_gguf` or `verify_ollama` returned
     dtype: str,      # a key of LIMITS
@@ -377,6 +381,7 @@ def _said_ids(said, wanted, pieces):
     return [near if near in ids else ids[0] if ids else None
             for ids, near in zip_longest(made, wanted[:len(made)])]
 
+# %% ../nbs/proof.ipynb #768f2f67
 CUT = '\ufffd'.encode()   # what Ollama prints for a token that is a piece of a letter
 
 def _pieces(tok):

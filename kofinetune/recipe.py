@@ -201,6 +201,7 @@ def _make_recipe(values):
                              f'it has {", ".join(known)}')
     return Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
+# %% ../nbs/recipe.ipynb #eff7cc44
 def utf8_fault(
     error: UnicodeDecodeError,
     path: Path,                 # the file
@@ -210,6 +211,7 @@ def utf8_fault(
     return (f' is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); '
             f'fix it with: iconv -f {coding} -t utf-8 {path.name}')
 
+# %% ../nbs/recipe.ipynb #379f65f6
 def read_text(
     path: Path,  # a UTF-8 file, with or without a BOM
 ) -> str:

@@ -75,6 +75,7 @@ def _cell(value):
     "Write a value so that it cannot break a table of Markdown."
     return str(value).replace('|', '\\|').replace('\n', '⏎')
 
+# %% ../nbs/report.ipynb #fec4fe5b
 def markdown_table(
     head: list[str],     # the columns
     lines: list[list],   # of each line: the cells
@@ -88,6 +89,7 @@ def _as(value, form, interval=None):
     if value is None: return '-'
     return format(value, form) + (f' ({interval[0]:{form}} to {interval[1]:{form}})' if interval else '')
 
+# %% ../nbs/report.ipynb #28566456
 def render_page(
     name: str,   # a template in kofinetune/assets
     **values,    # what it shows
@@ -100,12 +102,14 @@ def render_page(
     text = (files('kofinetune')/'assets'/name).read_text(encoding='utf-8')
     return made.from_string(text).render(**values)
 
+# %% ../nbs/report.ipynb #e2e150e5
 def report_page(
     report: dict,  # report.json
 ) -> str:          # Markdown
     "Write the page that one would send to a colleague."
     return render_page('report.md.jinja', report=report, headline=headline(report))
 
+# %% ../nbs/report.ipynb #c110bc14
 def examples_page(
     report: dict,  # report.json
 ) -> str:          # Markdown
@@ -202,6 +206,7 @@ def _shared_rows(
         notes.append('the losses differ: the curves grade different tokens, the table the same')
     return rows, notes
 
+# %% ../nbs/report.ipynb #71b3f452
 def compare_runs(
     runs: list[Path],         # finished runs; the others are compared with the first
     out: Path | None = None,  # a folder for compare.json, compare.md and compare.png
@@ -248,6 +253,7 @@ def _measured(scores, measures):
     return {m: total(top, where) / total(bottom, where)
             for m, ((top, bottom), where) in measures.items()}
 
+# %% ../nbs/report.ipynb #e77e6757
 def comparison_table(
     result: dict,         # what `compare_runs` returns
 ) -> list[list[str]]:     # a heading line, then a line for each measure, cost and field
@@ -268,6 +274,7 @@ def comparison_table(
     return lines + [[f'recipe: {f}', *map(str, values.values()), *blank]
                     for f, values in result['recipe'].items()]
 
+# %% ../nbs/report.ipynb #f89509e0
 def plot_runs(
     runs: dict[str, dict],  # name -> what `read_run` returns
     ax=None,

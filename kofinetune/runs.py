@@ -78,6 +78,7 @@ def _check_inside(
                 raise ValueError(f'{run}/manifest.json names {file!r}, which lies outside '
                                  f'{run/name}; take it out')
 
+# %% ../nbs/runs.ipynb #8e39c962
 def write_json(
     value,        # anything that json can write
     path: Path,   # the file, replaced as a whole
@@ -90,6 +91,7 @@ def write_json(
     os.replace(temporary, path)
     return path
 
+# %% ../nbs/runs.ipynb #1e910e88
 def file_hashes(
     folder: Path,    # a finished stage
 ) -> dict[str, str]:  # file name -> SHA-256
@@ -158,6 +160,7 @@ def run_lock(
     try: yield
     finally: lock.release()
 
+# %% ../nbs/runs.ipynb #dab003e8
 def working_on(
     run: Path,     # a run folder
 ) -> int | None:   # its number, as `ps` shows it
@@ -210,6 +213,7 @@ def without_secrets(
         if _SECRET.search(name) and len(value) >= 8: text = text.replace(value, f'${name}')
     return text
 
+# %% ../nbs/runs.ipynb #82df3856
 def note(
     run: Path,   # a run folder
     text: str,
@@ -223,6 +227,7 @@ def note(
 _MAKING = ContextVar('MAKING', default='')   # the command whose stage is being made
 _CHATTY = ('transformers', 'datasets', 'trl', 'peft', 'accelerate', 'bitsandbytes')
 
+# %% ../nbs/runs.ipynb #ae797c5d
 @contextmanager
 def quiet(
     run: Path,   # a run folder
@@ -260,6 +265,7 @@ def _hide_bars():
         if not hidden: datasets.enable_progress_bars()
     return show
 
+# %% ../nbs/runs.ipynb #07ac14f0
 def progress(
     items = None,             # what is gone through, with a length
     what: str = '',           # is done with them
@@ -307,6 +313,7 @@ def _made_files(manifest, name):
     return {file: value for file, value in manifest['stages'][name]['files'].items()
             if file != 'verify.json'}
 
+# %% ../nbs/runs.ipynb #1da75303
 def stage(
     recipe: Recipe,        # what was asked
     run: Path,             # the run folder
@@ -362,6 +369,7 @@ def _make(recipe, run, name, make, manifest, inputs, scaffold):
     note(run, f'{name}: done in {manifest["stages"][name]["seconds"]} s')
     return result
 
+# %% ../nbs/runs.ipynb #111729a8
 VERSIONED = ('kofinetune', 'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes',
              'accelerate', 'trl', 'gguf')
 

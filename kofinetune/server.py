@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'server_url', 'is_loopback', 'server_version', 'ollama_client', 'check_name', 'read_modelfile',
-           'list_models', 'named_file', 'create_model', 'served_file']
+           'list_models', 'create_model', 'served_file']
 
 # %% ../nbs/server.ipynb #10d0acb5
 import ipaddress, json, os, re
@@ -30,6 +30,7 @@ def server_url(
                          'or unset OLLAMA_HOST')
     return str(url).rstrip('/')
 
+# %% ../nbs/server.ipynb #7114df59
 def is_loopback(
     host: str,  # a name or an address
 ) -> bool:      # 0.0.0.0 and ::, which a server listens on, are this machine too
@@ -39,6 +40,7 @@ def is_loopback(
     except ValueError: return False
     return address.is_loopback or address.is_unspecified
 
+# %% ../nbs/server.ipynb #7fa5237e
 def server_version(
     host: str | None = None,
     timeout: float = 2.0,     # seconds
@@ -49,6 +51,7 @@ def server_version(
     try: return httpx.get(url + '/api/version', timeout=timeout).json()['version']
     except (httpx.HTTPError, ValueError, KeyError): return None
 
+# %% ../nbs/server.ipynb #20a591dc
 PATIENCE = 600  # seconds to wait for a server's next word
 
 @contextmanager
@@ -112,7 +115,8 @@ def list_models(
     when = lambda m: m.modified_at.isoformat(timespec='seconds')
     return [dict(name=m.model, size=int(m.size), modified=when(m)) for m in models]
 
-def named_file(
+# %% ../nbs/server.ipynb #b660e1e0
+def _named_file(
     folder: Path,  # with a Modelfile
     name: str,     # what its FROM says
 ) -> Path:         # the file
@@ -124,6 +128,7 @@ def named_file(
         raise FileNotFoundError(f'{path} is missing; make it with: kofinetune export')
     return path
 
+# %% ../nbs/server.ipynb #ef3349ed
 def create_model(
     name: str,                # the model's name, with or without a tag
     folder: Path,             # with a Modelfile and the file that its FROM names
@@ -138,7 +143,7 @@ def create_model(
     if server_version(host) is None:
         raise RuntimeError(f'no Ollama server answers at {url}; start one with: ollama serve')
     said = read_modelfile((folder/'Modelfile').read_text(encoding='utf-8'))
-    path = named_file(folder, said.pop('from'))
+    path = _named_file(folder, said.pop('from'))
     digest, size = 'sha256:' + file_hashes(path.parent)[path.name], path.stat().st_size
     sending = progress(what=f'{path.name} to Ollama', total=size, unit='B', unit_scale=True)
     with sending as bar, ollama_client(f'taking {path.name}', host) as client:
