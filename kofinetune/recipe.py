@@ -16,7 +16,8 @@ _LORA = dict(    # options of peft's LoraConfig, unless the recipe's `lora` says
     lora_alpha=32, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj',
                                    'down_proj'])
 TRAINER = dict(  # options of TRL's SFTConfig, unless the recipe's `trainer` says otherwise
-    lr_scheduler_type='cosine', warmup_steps=0.03, weight_decay=0.0, optim='adamw_torch_fused')
+    lr_scheduler_type='cosine', warmup_steps=0.03, weight_decay=0.0, optim='adamw_torch_fused',
+    activation_checkpointing=False)
 
 @dataclass(frozen=True)
 class Recipe:

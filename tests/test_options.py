@@ -74,10 +74,12 @@ def tokens(run, weights, plain):
 
 def checkpointing(run, weights, plain):
     assert all(torch.allclose(weights[n], plain[2][n], atol=1e-6) for n in weights)        # memory differs, numbers do not
-    trainer = make_trainer(*load_base(TINY), encode_rows([dict(instruction='가', input='', output='나')], load_tokenizer(TINY), TINY)[0],
-                           [], TINY.replace(trainer=dict(activation_checkpointing=True)), run/'again')
-    trainer.train()
-    assert trainer.model.is_activation_checkpointing
+    rows = [dict(instruction='가', input='', output='나')]
+    for recipe, used in ((TINY.replace(trainer=dict(activation_checkpointing=True)), True), (TINY, False)):   # TRL's own default is on
+        model, tok = load_base(recipe)
+        trainer = make_trainer(model, tok, encode_rows(rows, tok, recipe)[0], [], recipe, run/f'again-{used}')
+        trainer.train()
+        assert trainer.model.is_activation_checkpointing == used
 
 
 def tensorboard(run, weights, plain):
