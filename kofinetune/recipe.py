@@ -186,8 +186,9 @@ def nearest(
     return f' (do you mean {near[0]}?)' if near else ''
 
 def _changed(values, changes):
-    "Change fields; a revision belongs to its base and does not outlive it, and options add up."
+    "Change fields: options add up; another base has no revision yet, and no adapter no options."
     if changes.get('base', values.get('base')) != values.get('base'): values |= dict(revision='')
+    if changes.get('adapter') == 'none': values |= dict(lora={})
     for name in ('lora', 'trainer'):
         if isinstance(changes.get(name), dict):
             changes = changes | {name: values.get(name, {}) | changes[name]}

@@ -97,7 +97,7 @@ def render_page(
     "Fill in a template of the package: `| as('.1%')` formats numbers, `| cell` keeps tables whole."
     from jinja2 import Environment, StrictUndefined
     made = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-                       undefined=StrictUndefined)   # noqa: S701  Markdown, not HTML
+                       undefined=StrictUndefined)
     made.filters |= {'as': _as, 'cell': _cell}
     text = (files('kofinetune')/'assets'/name).read_text(encoding='utf-8')
     return made.from_string(text).render(**values)

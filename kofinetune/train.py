@@ -9,7 +9,7 @@ __all__ = ['encode', 'show_mask', 'add_lora', 'token_indices', 'count_trainable'
 
 # %% ../nbs/01_qlora_train.ipynb #6f4af92b
 import json, logging, math, platform, random, shutil, tempfile, time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from .prompt import format_answer, format_prompt
@@ -350,7 +350,7 @@ def check_options(
     from importlib.util import find_spec
     from peft import LoraConfig
     from trl import SFTConfig
-    ours = {*_settings(recipe, 1, False), 'r', 'max_steps', 'output_dir'} - {*TRAINER}
+    ours = {*_settings(replace(recipe, trainer={}), 1, False), 'max_steps', 'output_dir'} - {*TRAINER}
     for field, kind in (('lora', LoraConfig), ('trainer', SFTConfig)):
         known = [f.name for f in fields(kind) if f.init]
         for name in getattr(recipe, field):
