@@ -350,7 +350,7 @@ def check_options(
     from importlib.util import find_spec
     from peft import LoraConfig
     from trl import SFTConfig
-    ours = {*_settings(replace(recipe, trainer={}), 1, False), 'max_steps', 'output_dir'} - {*TRAINER}
+    ours = {*_settings(replace(recipe, trainer={}), 1, False), 'max_steps', 'push_to_hub'} - {*TRAINER}
     for field, kind in (('lora', LoraConfig), ('trainer', SFTConfig)):
         known = [f.name for f in fields(kind) if f.init]
         for name in getattr(recipe, field):
@@ -360,7 +360,7 @@ def check_options(
                 raise ValueError(f'trainer.{name} is decided by the other fields of the recipe')
     try:
         LoraConfig(**recipe.lora_options())
-        SFTConfig(output_dir='.', **_settings(recipe, 1, False))
+        SFTConfig('.', **_settings(recipe, 1, False))
     except (TypeError, ValueError) as e:
         raise ValueError(f'lora or trainer has a value that does not fit: {str(e)[:300]}') from None
     if recipe.report_to != 'none' and not find_spec(recipe.report_to):
