@@ -367,8 +367,8 @@ def check_room(
         places = [(Path(run), need['disk'] + need['cache'])]
     for (place, wanted), there in zip(places, disks):
         if (free := shutil.disk_usage(there).free) < wanted:
-            raise RuntimeError(f'{place} needs about {wanted / 1e9:.1f} GB and its disk has '
-                               f'{free / 1e9:.1f} GB free; make room, or choose another place with '
+            raise RuntimeError(f'{place} needs about {wanted / 1e6:,.0f} MB and its disk has '
+                               f'{free / 1e6:,.0f} MB free; make room, or choose another place with '
                                + ('--run' if place == Path(run) else 'KOFINETUNE_CACHE'))
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     if free < need['memory'] and not _has_gpu():
