@@ -593,14 +593,14 @@ OLLAMA_FAULTS = {   # what happens: (fault, on which request, what the one line 
 
 def ollama_faults(bench, program, names, quick):
     "The registration of a finished export with a real server, through a proxy that breaks it."
-    from kofinetune import server as asking
+    from kofinetune import proof, server as asking
     import httpx
     folder = bench.scratch/'ollama'
     folder.mkdir()
     server = Ollama(program, folder)
     proxy = OllamaProxy(server)
     def before(): os.environ['OLLAMA_HOST'] = proxy.host
-    def hurried(): asking.PATIENCE = 3
+    def hurried(): asking.PATIENCE = proof.PATIENCE = 3
     def models(): return sorted(m['name'] for m in httpx.get(server.url + '/api/tags').json()['models'])
     def forget():
         for name in models(): httpx.request('DELETE', server.url + '/api/delete', json=dict(model=name))

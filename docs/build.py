@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def build(out, cache):
     "Run Sphinx for each language at once, stop where one fails, and put both together."
+    for language in ('en', 'ko'): shutil.rmtree(cache/language/'html', ignore_errors=True)   # a page that is gone stays nowhere
     command = [sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', '-c', ROOT/'docs']
     sphinx = {language: subprocess.Popen([*command, *tag, '-d', cache/language/'doctrees', ROOT/'nbs', cache/language/'html'])   # noqa: S603
               for language, tag in (('en', []), ('ko', ['-t', 'ko']))}
