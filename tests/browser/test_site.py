@@ -156,7 +156,7 @@ def search(page, url, language, words):
 
 
 @pytest.mark.parametrize('language,words,in_it', [
-    ('en', 'format_prompt', 'format_prompt'), ('ko', 'format_prompt', 'format_prompt'), ('ko', '조정', '미세조정'), ('ko', '어댑터', '어댑터')])
+    ('en', 'format_prompt', 'format_prompt'), ('ko', 'format_prompt', 'format_prompt'), ('ko', '튜닝', '파인튜닝'), ('ko', '어댑터', '어댑터')])
 def test_search_finds(url, page, language, words, in_it):
     found = search(page, url, language, words)
     page.screenshot(path=SHOTS/f'site-search-{language}-{in_it}.png')
