@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
-from kofinetune import cli, data, runs
+from kofinetune import base, cli, data, runs
 from kofinetune.base import packaged_files
 from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write_jsonl
 from kofinetune.data import load_rows
@@ -299,9 +299,10 @@ def full_disks(bench, command, chance, times, quick):
             pages = lambda folder: sum(-(-p.stat().st_size // 4096) for p in folder.rglob('*') if p.is_file())
             room = int(chance.uniform(.1, .9) * pages(bench.whole/FOLDERS[command]))
             remount(run, f'size={4096 * (pages(run) + room)}')
-            earlier, job = bench.touched(command, run), Job(bench, bench.command(command, 'run'))
+            # training asks for room first, and would not begin: here the disk fills behind its back
+            earlier, job = bench.touched(command, run), Job(bench, bench.command(command, 'run'), [patched(base, check_room=lambda *asked: None)])
             job.wait()
-            wrong = one_line(job, 'make room' if command == 'train' and 'needs about' in job.text else 'could not be written')
+            wrong = one_line(job, 'could not be written')
             remount(run, 'size=256m')
             bench.again(command, 'no room (a full tmpfs)', command, run, earlier, job, wrong, f'{4096 * room:,} bytes free')
 
