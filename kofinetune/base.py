@@ -71,8 +71,9 @@ _LAYOUT = 1   # of an unpacked folder; counted up when `unpack_gguf` writes anot
 def _folder(sha256): return cache_dir()/f'gguf-{sha256[:16]}-{_LAYOUT}'
 
 def _unpacked(base):
-    "Find a GGUF base's folder in the cache, or unpack it there: whole, once."
+    "A GGUF base's folder in the cache, unpacked there once; None for another base."
     known = PACKAGED.get(base)
+    if not known and not is_gguf(base): return None
     sha256 = known['sha256'] if known else _sha256(Path(base))
     def make(folder):
         file, terms = Path(base), ' '.join(TERMS.split())
@@ -107,7 +108,7 @@ def base_path(
 ) -> str:       # what `from_pretrained` takes: a folder, or a name of the Hub
     "Turn a base into a folder: the stand-in and a GGUF file are made into one, once."
     if base == 'rehearsal': return str(stand_in_base())
-    if base in PACKAGED or is_gguf(base): return str(_unpacked(base))
+    if folder := _unpacked(base): return str(folder)
     if base.lower().endswith('.gguf') or Path(base).is_file():
         why = 'is no GGUF file' if Path(base).is_file() else 'is not a file'
         raise FileNotFoundError(f'base {base!r} {why}; give base a GGUF file, '
@@ -127,7 +128,7 @@ def is_gemma(
     base: str,  # a recipe's base
 ) -> bool:
     "Say whether Gemma's terms apply: by a folder's configuration, or else by the name."
-    folder = Path(_unpacked(base) if base in PACKAGED or is_gguf(base) else base)
+    folder = _unpacked(base) or Path(base)
     if not (folder/'config.json').is_file(): return 'gemma' in base.lower()
     known = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     known |= known.get('text_config') or {}
@@ -142,7 +143,8 @@ def base_note(
     if base == 'rehearsal':
         return ('The base is the stand-in of the rehearsal: this shows that the method '
                 'works, not how well Gemma writes.')
-    return _unpacked_note(_unpacked(base)) if base in PACKAGED or is_gguf(base) else ''
+    folder = _unpacked(base)
+    return _unpacked_note(folder) if folder else ''
 
 # %% ../nbs/base.ipynb #26a0aee2
 def pick_device(

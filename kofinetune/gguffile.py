@@ -8,7 +8,7 @@ __all__ = ['read_config', 'token_scores', 'read_tokens', 'plan_tensor', 'write_g
 
 # %% ../nbs/gguffile.ipynb #a19e61b3
 import json, os, re
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +16,10 @@ import gguf
 import numpy as np
 
 from .runs import progress
+
+# What Gemma 3 text models have in common: fields of the configuration, tokenizer.json
+# without the vocabulary, tokenizer_config.json, the special tokens
+_GEMMA = json.loads((files('kofinetune')/'assets'/'gemma.json').read_bytes())
 
 # %% ../nbs/gguffile.ipynb #dcbc3c49
 def read_config(
@@ -25,12 +29,9 @@ def read_config(
     path = Path(model_dir)/'config.json'
     config = _read_json(path)
     seen, rope = dict(model_type=None) | config, config.get('rope_parameters') or {}
-    wanted = dict(model_type='gemma3_text', hidden_activation='gelu_pytorch_tanh',
-                  query_pre_attn_scalar=config.get('head_dim'), attention_bias=False,
-                  attn_logit_softcapping=None, final_logit_softcapping=None,
-                  use_bidirectional_attention=False, layer_types=[
-                      'full_attention' if i % 6 == 5 else 'sliding_attention'
-                      for i in range(config.get('num_hidden_layers', 0))])
+    wanted = _GEMMA['config'] | dict(query_pre_attn_scalar=config.get('head_dim'))
+    wanted['layer_types'] = ['full_attention' if i % 6 == 5 else 'sliding_attention'
+                             for i in range(config.get('num_hidden_layers', 0))]
     for kind in ('full_attention', 'sliding_attention'):
         key = f'rope_parameters/{kind}/rope_type'
         seen[key], wanted[key] = (rope.get(kind) or {}).get('rope_type'), 'default'
@@ -61,8 +62,6 @@ def token_scores(
     return scores
 
 # %% ../nbs/gguffile.ipynb #996e6aec
-# Gemma's tokenizer without its vocabulary, its settings and its special tokens
-_GEMMA = json.loads((files('kofinetune')/'assets'/'gemma_tokenizer.json').read_bytes())
 _FIRST = _GEMMA['special'][:4]   # the first four ids
 _UNREACHABLE = -1e6   # the score of a piece that no merge makes
 _TYPE = gguf.TokenType
@@ -159,35 +158,36 @@ def _file_keys(config, tokens, dtype, name):
         padding_token_id=ids['<pad>'],
         eot_token_id=ids.get('<end_of_turn>', ids['<eos>']),   # else Ollama takes 106
         add_bos_token=True, add_eos_token=False, add_space_prefix=False)
-    return keys | {f'tokenizer.ggml.{key}': value for key, value in vocabulary.items()}
+    keys |= {f'tokenizer.ggml.{key}': value for key, value in vocabulary.items()}
+    return {key: float(np.float32(value)) if isinstance(value, float) else value
+            for key, value in keys.items()}   # as 32 bits hold it
 
 # %% ../nbs/gguffile.ipynb #b61ce69b
-@contextmanager
-def _planned(model_dir, dtype, name):
-    "Plan a file: tensors, read from open safetensors; keys; the tokens without a row."
+def _plan_file(model_dir, dtype, name):
+    "Plan a file: tensors, each a part of an open safetensors; keys; dropped tokens."
     from safetensors import SafetensorError, safe_open
-    config, paths = read_config(model_dir), sorted(model_dir.glob('*.safetensors'))
+    config = read_config(model_dir)
+    paths = sorted(Path(model_dir).glob('*.safetensors'))
     if not paths:
         raise FileNotFoundError(f'{model_dir} has no .safetensors file; '
                                 'make it with: kofinetune merge')
+    try: opened = [safe_open(path, 'pt') for path in paths]
+    except SafetensorError as e:
+        raise ValueError(
+            f'{model_dir}: a .safetensors file is cut short or damaged ({e}); '
+            'make it again with: kofinetune merge --force') from None
     named = _names(config['num_hidden_layers'])
-    with ExitStack() as stack:
-        try: opened = [stack.enter_context(safe_open(path, 'pt')) for path in paths]
-        except SafetensorError as e:
-            raise ValueError(
-                f'{model_dir}: a .safetensors file is cut short or damaged ({e}); '
-                'make it again with: kofinetune merge --force') from None
-        plan = [dict(key=key, name=named(key), part=file.get_slice(key))
-                for file in opened for key in file.keys()
-                if key != 'lm_head.weight' or not config['tie_word_embeddings']]
-        for tensor in plan:
-            if tensor['name'] is None:
-                raise ValueError(f'{model_dir} holds {tensor["key"]!r}, '
-                                 'which Gemma 3 does not have')
-            kind = plan_tensor(tensor['part'].get_shape(), dtype)
-            tensor['kind'] = gguf.GGMLQuantizationType[kind]
-        tokens = read_tokens(model_dir, config['vocab_size'])
-        yield plan, _file_keys(config, tokens, dtype, name), tokens['dropped']
+    plan = [dict(key=key, name=named(key), part=file.get_slice(key))
+            for file in opened for key in file.keys()
+            if key != 'lm_head.weight' or not config['tie_word_embeddings']]
+    for tensor in plan:
+        if tensor['name'] is None:
+            raise ValueError(f'{model_dir} holds {tensor["key"]!r}, '
+                             'which Gemma 3 does not have')
+        kind = plan_tensor(tensor['part'].get_shape(), dtype)
+        tensor['kind'] = gguf.GGMLQuantizationType[kind]
+    tokens = read_tokens(model_dir, config['vocab_size'])
+    return plan, _file_keys(config, tokens, dtype, name), tokens['dropped']
 
 def _names(layers):
     "A function from the name of a tensor in transformers to that in a GGUF, or None."
@@ -202,14 +202,13 @@ def write_gguf(
     name: str = 'kofinetune',  # what the file calls the model
 ) -> dict:                     # bytes, tensors, fell_back (to bf16), dropped (no row)
     "Write a Gemma 3 model as one GGUF file that llama.cpp and Ollama read."
-    path = Path(path)
+    path, (plan, keys, dropped) = Path(path), _plan_file(model_dir, dtype, name)
     temporary = path.with_name(f'.{path.name}.partial')
-    with _planned(Path(model_dir), dtype, name) as (plan, keys, dropped):
-        try:
-            with closing(gguf.GGUFWriter(temporary, 'gemma3')) as writer:
-                _write(writer, plan, keys)
-            os.replace(temporary, path)
-        finally: temporary.unlink(missing_ok=True)
+    try:
+        with closing(gguf.GGUFWriter(temporary, 'gemma3')) as writer:
+            _write(writer, plan, keys)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
     asked = ('F32', _TYPES[dtype])
     fell_back = [t['name'] for t in plan if t['kind'].name not in asked]
     return dict(bytes=path.stat().st_size, tensors=len(plan), fell_back=fell_back,
@@ -401,22 +400,18 @@ def check_gguf(
     name: str = 'kofinetune',  # as it was written
 ) -> dict:                     # tensors and keys compared; different: one sentence each
     "Read a file back, and compare every key and every byte with the safetensors."
-    seen, stored = read_gguf(path)
-    stored = {t['name']: t for t in stored}
-    with _planned(Path(model_dir), dtype, name) as (plan, keys, _):
-        keys |= {'general.architecture': 'gemma3', 'GGUF.version': 3,
-                 'GGUF.tensor_count': len(plan), 'GGUF.kv_count': len(keys) + 1}
-        wrong = [f'{key} is {seen.get(key)!r:.60}, not {value!r:.60}'
-                 for key, value in keys.items() if seen.get(key) != _in_32_bits(value)]
-        wrong += [f'{key} should not be there' for key in sorted(set(seen) - set(keys))]
-        wrong += [f"{t['name']} is not the {t['key']} of the safetensors"
-                  for t in progress(plan, 'reading the file back')
-                  if not _same_tensor(stored.get(t['name']), t)]
+    seen, tensors = read_gguf(path)
+    plan, keys, _ = _plan_file(model_dir, dtype, name)
+    keys |= {'general.architecture': 'gemma3', 'GGUF.version': 3,
+             'GGUF.tensor_count': len(plan), 'GGUF.kv_count': len(keys) + 1}
+    wrong = [f'{key} is {seen.get(key)!r:.60}, not {value!r:.60}'
+             for key, value in keys.items() if seen.get(key) != value]
+    wrong += [f'{key} should not be there' for key in sorted(set(seen) - set(keys))]
+    stored = {t['name']: t for t in tensors}
+    wrong += [f"{t['name']} is not the {t['key']} of the safetensors"
+              for t in progress(plan, 'reading the file back')
+              if not _same_tensor(stored.get(t['name']), t)]
     return dict(tensors=len(plan), keys=len(keys), different=wrong)
-
-def _in_32_bits(value):
-    "A key's value as a file holds it."
-    return float(np.float32(value)) if isinstance(value, float) else value
 
 def _same_tensor(stored, tensor):
     "Compare the type, the shape and the bytes of a tensor."
@@ -434,9 +429,9 @@ def load_gguf(
     import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tensors = read_gguf(path)[1]
     try:
-        for _, weight, tensor in _matched(model, read_gguf(path)[1]):
-            _expand(tensor, weight.data)
+        for _, weight, tensor in _matched(model, tensors): _expand(tensor, weight.data)
     except ValueError as e:
         raise ValueError(f'{path} was not made of {model_dir}: {e}') from None
     return model
