@@ -267,6 +267,7 @@ def _from_hub(auto_class, recipe, path=None, **options):
         kind = ValueError if isinstance(e, ValueError) else RuntimeError
         raise kind(f'{name} {_why_not(str(e))}') from None
 
+# %% ../nbs/base.ipynb #9f78e35b
 def _why_not(said):
     "Put what transformers said into one line."
     if 'trust_remote_code' in said:
@@ -277,7 +278,6 @@ def _why_not(said):
         said = 'its weights have other sizes than its config.json says'
     return f'could not be loaded: {" ".join(said.split())[:250]}'
 
-# %% ../nbs/base.ipynb #9f78e35b
 def _check_base(recipe):
     "Raise ValueError for a name of the Hub without a commit, and for pickled weights."
     base, revision, folder = recipe.base, recipe.revision, Path(recipe.base)
@@ -343,7 +343,7 @@ def check_room(
                                f'has {free / 1e6:,.0f} MB free; make room, or choose '
                                f'another place with {option}')
     free = psutil.virtual_memory().available + psutil.swap_memory().free
-    if free < memory and not _has_gpu():
+    if free < memory and pick_device(recipe)[0].type == 'cpu':
         raise RuntimeError(
             f'training {recipe.base} needs about {memory / 1e9:.1f} GB of memory and '
             f'{free / 1e9:.1f} GB are free; close other programs, '
@@ -352,10 +352,6 @@ def check_room(
 def _disk(place):
     "The folder of `place`, or the nearest above it that is there."
     return next(p for p in (place, *place.absolute().parents) if p.is_dir())
-
-def _has_gpu():
-    import torch
-    return torch.cuda.is_available()
 
 # %% ../nbs/base.ipynb #62c2089e
 def free_memory():
