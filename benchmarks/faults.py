@@ -21,7 +21,6 @@ os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
 from kofinetune import base, cli, data, runs
-from kofinetune.base import packaged_files
 from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write_jsonl
 from kofinetune.data import load_rows
 
@@ -734,7 +733,7 @@ def main():
             part('download', downloads, chance)
         if 'train' in wanted: part('hub', hub_download)
         if args.gemma:
-            try: packaged_files('gemma-3-270m-q4')
+            try: base._packaged_files('gemma-3-270m-q4')
             except FileNotFoundError as e: not_tried.append(f'real Gemma ({e})')
             else: part('gemma', gemma_kills, random.Random(f'{args.seed} gemma'), args.gemma)
         else: not_tried.append('real Gemma; with --gemma 3')
