@@ -45,17 +45,15 @@ def _load_tasks(name):
 def choice_task(
     rows: list[dict],      # with kind
     style: str = 'alpaca',
-    choices: int = 4,      # the right answer, and answers to other rows of its kind
-    seed: int = 0,
 ) -> dict:                 # a definition that `benchmark` takes
-    "Make a multiple-choice task of rows whose answers are known."
+    "Ask rows as multiple choice, with three answers to other rows of their kind."
     from datasets import Dataset
-    draw, docs = random.Random(seed), []
+    draw, docs = random.Random(0), []
     for row in rows:
         right, same_kind = row['output'], [r for r in rows if r['kind'] == row['kind']]
         others = sorted({r['output'] for r in same_kind} - {right})
-        if len(others) < choices - 1: continue
-        shown = draw.sample([right, *draw.sample(others, choices - 1)], choices)
+        if len(others) < 3: continue
+        shown = draw.sample([right, *draw.sample(others, 3)], 4)
         docs.append(dict(prompt=format_prompt(row, style), choices=shown,
                          gold=shown.index(right)))
     return dict(task='own_rows', test_split='test', output_type='multiple_choice',
@@ -108,6 +106,7 @@ def benchmark(
         model, tok = load_evaluated(kind, recipe, run)
         for name, tasks in loaded.items():
             result[name][kind] = _ask(model, tok, tasks, **options)
+        del model       # one in memory at a time
     for seen in result.values():
         pair = ([dict(correct=right, rows=1) for right in seen[kind]['correct']]
                 for kind in ('base', 'tuned'))

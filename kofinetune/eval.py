@@ -76,11 +76,11 @@ def describe_answers(
         chrf=chrf(texts, [row['output'] for row in rows]))
 
 # %% ../nbs/04_eval.ipynb #f2be5f3d
-def _outcome(row, before, after, margin=5.0):
-    "Say whether the second answer is nearer to what was wanted; `margin` is in chrF."
+def _outcome(row, before, after):
+    "Compare two answers: right or not, and else by five points of chrF."
     one, two = exact_match(row, before), exact_match(row, after)
     if not (one or two):
-        one, two = (chrf([text], [row['output']]) / margin for text in (before, after))
+        one, two = (chrf([text], [row['output']]) / 5 for text in (before, after))
     gain = two - one
     return 'better' if gain >= 1 else 'worse' if gain <= -1 else 'same'
 
@@ -216,12 +216,11 @@ def _failures(rows, made):
 # %% ../nbs/04_eval.ipynb #7bb990db
 def _write(report, rows, asked, scored, answers, folder):
     "Write the report for programs and for people, every answer and every score."
-    said = {i: dict(zip(answers, [a['answer'] for a in line]))
-            for i, line in zip(asked, zip(*answers.values()))}
-    nothing = dict.fromkeys(answers)
     write_json(report, folder/'report.json')
-    write_jsonl([row | said.get(i, nothing) for i, row in enumerate(rows)],
-                folder/'answers.jsonl')
+    said = {name: dict(zip(asked, (a['answer'] for a in made)))
+            for name, made in answers.items()}
+    write_jsonl([row | {name: texts.get(i) for name, texts in said.items()}
+                 for i, row in enumerate(rows)], folder/'answers.jsonl')
     write_jsonl([dict(zip(scored, line)) for line in zip(*scored.values())],
                 folder/'scores.jsonl')
     for name in ('report.md', 'side_by_side.md'):

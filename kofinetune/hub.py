@@ -60,6 +60,8 @@ def _front_matter(recipe, report, what, measured, repo):
     base = PACKAGED.get(recipe.base, {}).get('of') or base_name(recipe.base)
     ours = recipe.source.startswith('koalpaca') or recipe.source == 'rehearsal'
     data = recipe.source if ours else 'own rows'
+    relation = 'adapter' if what == 'adapter' else 'finetune'
+    origin = dict(base_model=base, base_model_relation=relation) if '/' in base else {}
     values = {key: report['models'][measured][key] for key in _MEASURES}
     results = [EvalResult(
         task_type='text-generation', dataset_type=data,
@@ -72,12 +74,7 @@ def _front_matter(recipe, report, what, measured, repo):
         tags=['kofinetune', 'gguf'] if what == 'gguf' else ['kofinetune'],
         library_name=dict(merged='transformers', adapter='peft', gguf='gguf')[what],
         datasets=['beomi/KoAlpaca-v1.1a'] if data == 'koalpaca-v1.1a' else None,
-        eval_results=results, **_origin(base, what), **_licence(recipe)).to_yaml()
-
-def _origin(base, what):
-    "Say how the model descends from a base on the Hub."
-    relation = 'adapter' if what == 'adapter' else 'finetune'
-    return dict(base_model=base, base_model_relation=relation) if '/' in base else {}
+        eval_results=results, **origin, **_licence(recipe)).to_yaml()
 
 # %% ../nbs/hub.ipynb #4647d0e1
 def model_card(
@@ -100,7 +97,8 @@ def model_card(
         front_matter=_front_matter(recipe, report, what, measured, repo),
         base=base_name(recipe.base), ours=recipe.base in ('rehearsal', *PACKAGED),
         modelfile=re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile),
-        terms=licences(recipe.source, recipe.base), **record)
+        terms=licences(recipe.source, recipe.base), stages=record['stages'],
+        versions=record['versions'])
 
 def _measured(what, record, report):
     "Name the report's model that is published; of GGUF files the served one."
@@ -121,10 +119,10 @@ def push_run(
     from huggingface_hub import CommitOperationAdd, HfApi
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
         raise ValueError(f'REPO is {repo!r}; it must be owner/name')
+    contents = {'README.md': model_card(run, what, repo).encode()}
     recipe = Recipe.load(Path(run)/'recipe.json')
-    notice = '\n\n'.join(licences(recipe.source, recipe.base)) + '\n'
-    contents = {'README.md': model_card(run, what, repo).encode(),
-                'NOTICE': notice.encode(), **push_files(run, what)}
+    terms = '\n\n'.join(licences(recipe.source, recipe.base)) + '\n'
+    contents |= {'NOTICE': terms.encode(), **push_files(run, what)}
     pieces = [CommitOperationAdd(name, content) for name, content in contents.items()]
     api = HfApi()
     try:

@@ -143,7 +143,7 @@ def _shared_rows(read):
     return table, notes
 
 # %% ../nbs/report.ipynb #8fc0714b
-def _measured(table, seed, notes):
+def _measured(table, notes):
     "Compute each measure on the rows where all have it, and its change from the first."
     first, *others = names = list(table.columns.unique(0))
     runs, differences = {name: {} for name in names}, {name: {} for name in others}
@@ -160,7 +160,7 @@ def _measured(table, seed, notes):
         tuned = {name: part[name]['tuned'].to_dict('records') for name in names}
         for name in others:
             differences[name][measure] = paired_difference(tuned[first], tuned[name],
-                                                           above, below, seed)
+                                                           above, below)
     return runs, differences
 
 # %% ../nbs/report.ipynb #f89509e0
@@ -191,7 +191,6 @@ _COSTS = ('num_tokens', 'steps', 'train_runtime', 'tokens_per_second',
 def compare_runs(
     runs: list[Path],         # finished runs; the others are compared with the first
     out: Path | None = None,  # a folder for compare.json, compare.md and compare.png
-    seed: int = 0,            # of the bootstrap
 ) -> dict:                    # rows, notes, runs (measures, costs), differences, recipe
     "Put runs side by side: measures on the same rows, costs, the fields that differ."
     short = len({Path(run).name for run in runs}) == len(runs)
@@ -200,7 +199,7 @@ def compare_runs(
         raise ValueError(f'{len(paths)} run to compare; name two different runs')
     read = {name: read_run(path) for name, path in paths.items()}
     table, notes = _shared_rows(read)
-    measured, differences = _measured(table, seed, notes)
+    measured, differences = _measured(table, notes)
     for name, r in read.items():
         measured[name] |= {cost: r['metrics'].get(cost) for cost in _COSTS}
     fields = {field: {name: r['recipe'][field] for name, r in read.items()}
