@@ -17,11 +17,9 @@ from .export import licences
 from .report import render_page
 
 # %% ../nbs/hub.ipynb #264ddd4d
-# what is published: its stage, how its files begin, what they are
-_WHAT = dict(
-    merged=('merged', '', 'a model of transformers'),
-    adapter=('adapter', 'adapter_', 'a LoRA adapter of peft'),
-    gguf=('ollama', ('model-', 'Modelfile'), 'GGUF files for llama.cpp and Ollama'))
+# what is published: its stage, how its files begin
+_WHAT = dict(merged=('merged', ''), adapter=('adapter', 'adapter_'),
+             gguf=('ollama', ('model-', 'Modelfile')))
 
 def push_files(
     run: Path,               # a finished run
@@ -30,51 +28,13 @@ def push_files(
     "List the files of a run to publish. ValueError: the run does not have them."
     if what not in _WHAT:
         raise ValueError(f'--what is {what!r}; it is one of {", ".join(_WHAT)}')
-    name, begins, _ = _WHAT[what]
+    name, begins = _WHAT[what]
     folder, record = need(run, name), read_manifest(run)['stages'][name]
     files = {file: folder/file for file in record['files'] if file.startswith(begins)}
     if not files:
         raise ValueError(f'{run} trained every weight and has no adapter; '
                          'push it with --what merged')
     return files
-
-# %% ../nbs/hub.ipynb #964c66eb
-def _licence(recipe):
-    "Name the licence in the Hub's words, which know no Gemma with KoAlpaca."
-    gemma, koalpaca = is_gemma(recipe.base), recipe.source.startswith('koalpaca')
-    if gemma and koalpaca:
-        return dict(license='other', license_name='gemma-terms-and-cc-by-nc-4.0',
-                    license_link='https://ai.google.dev/gemma/terms')
-    if gemma: return dict(license='gemma')
-    if koalpaca: return dict(license='cc-by-nc-4.0')
-    ours = recipe.base == recipe.source == 'rehearsal'
-    return dict(license='apache-2.0' if ours else 'other')
-
-# %% ../nbs/hub.ipynb #27bbf684
-_MEASURES = dict(answer_nll='answer loss, nats a token', exact_match='exact match',
-                 token_accuracy='token accuracy', stop_rate='stopped by itself')
-
-def _front_matter(recipe, report, what, measured, repo):
-    "Write the front matter of a card with the numbers of the model `measured`."
-    from huggingface_hub import EvalResult, ModelCardData
-    base = PACKAGED.get(recipe.base, {}).get('of') or base_name(recipe.base)
-    ours = recipe.source.startswith('koalpaca') or recipe.source == 'rehearsal'
-    data = recipe.source if ours else 'own rows'
-    relation = 'adapter' if what == 'adapter' else 'finetune'
-    origin = dict(base_model=base, base_model_relation=relation) if '/' in base else {}
-    values = {key: report['models'][measured][key] for key in _MEASURES}
-    results = [EvalResult(
-        task_type='text-generation', dataset_type=data,
-        dataset_name=f'{data}, {report["rows"]} rows',
-        dataset_split='held-out' if report['held_out'] else 'train', metric_type=key,
-        metric_name=_MEASURES[key], metric_value=round(value, 4))
-        for key, value in values.items() if value is not None]
-    return ModelCardData(
-        language='ko', pipeline_tag='text-generation', model_name=repo.split('/')[-1],
-        tags=['kofinetune', 'gguf'] if what == 'gguf' else ['kofinetune'],
-        library_name=dict(merged='transformers', adapter='peft', gguf='gguf')[what],
-        datasets=['beomi/KoAlpaca-v1.1a'] if data == 'koalpaca-v1.1a' else None,
-        eval_results=results, **origin, **_licence(recipe)).to_yaml()
 
 # %% ../nbs/hub.ipynb #4647d0e1
 def model_card(
@@ -86,16 +46,15 @@ def model_card(
     run, folder, record = Path(run), need(run, 'eval'), read_manifest(run)
     recipe = Recipe.load(run/'recipe.json')
     report = json.loads((folder/'report.json').read_text(encoding='utf-8'))
-    measured = _measured(what, record, report)
     made = run/'ollama'/'Modelfile'
     modelfile = made.read_text(encoding='utf-8') if made.is_file() else ''
     def ask(instruction, given=''):
         return format_prompt(dict(instruction=instruction, input=given), recipe.style)
     return render_page(
-        'card.md.jinja', repo=repo, what=what, kind=_WHAT[what][2], recipe=recipe,
-        report=report, measured=measured, measures=_MEASURES.values(), ask=ask,
-        front_matter=_front_matter(recipe, report, what, measured, repo),
-        base=base_name(recipe.base), ours=recipe.base in ('rehearsal', *PACKAGED),
+        'card.md.jinja', repo=repo, what=what, recipe=recipe, report=report, ask=ask,
+        measured=_measured(what, record, report), base=base_name(recipe.base),
+        known=PACKAGED.get(recipe.base), gemma=is_gemma(recipe.base),
+        koalpaca=recipe.source.startswith('koalpaca'),
         modelfile=re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile),
         terms=licences(recipe.source, recipe.base), stages=record['stages'],
         versions=record['versions'])

@@ -72,15 +72,14 @@ def plot_models(
     "Draw the answer loss of each model with its 95 % interval."
     import matplotlib.pyplot as plt
     ax, models = ax or plt.subplots(figsize=(7, 2.5))[1], report['models']
-    for i, m in enumerate(models.values()):
-        ax.plot(m['answer_nll_ci'], [i, i], lw=3, color='C0')
-        ax.plot(m['answer_nll'], i, 'o', color='C1')
-        ax.annotate(f'{m["answer_nll"]:.3f}', (m['answer_nll'], i), (0, 6),
+    for name, m in models.items():
+        ax.plot(m['answer_nll_ci'], [name, name], lw=3, color='C0')
+        ax.plot(m['answer_nll'], name, 'o', color='C1')
+        ax.annotate(f'{m["answer_nll"]:.3f}', (m['answer_nll'], name), (0, 6),
                     textcoords='offset points', ha='center')
-    ax.set_yticks(range(len(models)), models)
-    ax.set(xlabel='answer loss, nats a token', ylim=(len(models) - .4, -.8),
+    ax.set(xlabel='answer loss, nats a token', xlim=(0, None),
+           ylim=(len(models) - .4, -.8),
            title=f'Answer loss on {report["rows"]:,} rows, 95 % intervals')
-    ax.set_xlim(left=0)
     ax.grid(alpha=.3, axis='x')
     return ax
 

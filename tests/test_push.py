@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from kofinetune.hub import model_card
 from kofinetune.recipe import Recipe
@@ -153,6 +154,7 @@ def test_the_card_says_what_was_measured(hub, run, tmp_path):
     report = json.loads((run/'eval'/'report.json').read_text(encoding='utf-8'))
     merged = report['models']['merged']
     claimed = {m['type']: m['value'] for m in data['model-index'][0]['results'][0]['metrics']}
+    assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results} == claimed      # the Hub's own library reads it
     assert claimed['answer_nll'] == round(merged['answer_nll'], 4) and claimed['exact_match'] == round(merged['exact_match'], 4)
     assert data['language'] == 'ko' and data['license'] == 'apache-2.0' and 'base_model' not in data
     low, high = merged['answer_nll_ci']
