@@ -129,14 +129,14 @@ def _shared_rows(read):
         if (scored := len(r['scores'])) > count:
             notes.append(f'{name}: {scored} rows were evaluated, '
                          f'{count} of them by every run')
-    for name, r in read.items():
         if taught := sum(row in r['trained'] for row in table.index):
             notes.append(f'{name} was TRAINED on {taught} of these {count} rows: '
                          'its numbers are too good')
-    if len({r['recipe']['base'] for r in read.values()}) > 1:
+    def differ(field): return len({r['recipe'][field] for r in read.values()}) > 1
+    if differ('base'):
         notes.append('the bases differ: compare bits per byte, not loss, '
                      'where their tokenizers do')
-    if len({r['recipe']['loss'] for r in read.values()}) > 1:
+    if differ('loss'):
         notes.append('the losses differ: the curves count different tokens, '
                      'the table the same')
     return table, notes
@@ -201,9 +201,9 @@ def compare_runs(
     measured, differences = _measured(table, notes)
     for name, r in read.items():
         measured[name] |= {cost: r['metrics'].get(cost) for cost in _COSTS}
-    fields = {field: {name: r['recipe'][field] for name, r in read.items()}
+    recipe = {field: {name: r['recipe'][field] for name, r in read.items()}
               for field in Recipe.__dataclass_fields__ if field != 'name'}
-    changed = {field: values for field, values in fields.items()
+    changed = {field: values for field, values in recipe.items()
                if len(set(map(str, values.values()))) > 1}
     result = dict(rows=len(table), notes=notes, runs=measured, differences=differences,
                   recipe=changed)
