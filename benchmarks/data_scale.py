@@ -47,7 +47,7 @@ def post_writer(source, target):
 def our_writer(source, target):
     "The same file by this project: every row checked, then written."
     from kofinetune.runs import write_jsonl
-    from kofinetune.data import read_rows
+    from kofinetune.formats import read_rows
     write_jsonl(read_rows(source), target)
 
 
@@ -103,9 +103,7 @@ class PeakMemory:
 def one_size(source, processes):
     "Prepare `source` (in a process of its own, so that its peak is its own) and print what it cost."
     from kofinetune.recipe import Recipe
-    from kofinetune.data import prepare_large
-    import datasets
-    datasets.disable_progress_bars()
+    from kofinetune.large import prepare_large
     recipe = Recipe(valid_rows=1000, drop=('empty_answer', 'exact_duplicate'))
     with tempfile.TemporaryDirectory(dir=source.parent) as folder, PeakMemory() as peak:
         start, cpu = time.perf_counter(), os.times()
@@ -157,7 +155,7 @@ def main():
         promises=dict(ten_times_the_post=versus['ratio'] >= 10 and versus['same_bytes'],
                       cost_flat_within_30_percent=.7 <= costs[-1] / costs[0] <= 1.3,
                       within_1_5_GB=all(size['peak_bytes'] <= 1.5e9 for size in sizes)),
-        versions={name: version(name) for name in ('kofinetune', 'datasets', 'pyarrow', 'pandas', 'numpy')},
+        versions={name: version(name) for name in ('kofinetune', 'pandas', 'numpy')},
         machine=dict(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count()))
     text = json.dumps(report, ensure_ascii=False)
     if args.json: args.json.write_text(text + '\n', encoding='utf-8', newline='\n')

@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
-from kofinetune import base, cli, data, runs
+from kofinetune import base, cli, data, large, runs
 from kofinetune.base import packaged_files
 from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write_jsonl
 from kofinetune.data import load_rows
@@ -383,8 +383,7 @@ def large_source(bench, chance, times):
     "Rows prepared on disk, by two worker processes that outlive a killed parent for a moment."
     source = write_jsonl(load_rows('rehearsal') * 3, bench.work/'large.jsonl')
     args = ['data', '--run', 'run', '--recipe', 'rehearsal', '--set', f'source={source}', '--set', 'valid_rows=8']
-    parts = data.file_parts
-    before = [patched(data, LARGE=0, file_parts=lambda path: parts(path, 1 << 16))]
+    before = [patched(data, _LARGE=0), patched(large, _PART=1 << 16)]
     reference = bench.work/'large'
     job = Job(bench, ['data', '--run', 'large', *args[3:]], before)
     if job.wait(): raise SystemExit(job.text)
@@ -429,7 +428,7 @@ def downloads(bench, chance):
     Server.body = write_jsonl(load_rows('rehearsal')[:80], bench.work/'remote.jsonl').read_bytes()
     server = Quiet(('127.0.0.1', 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(Server.body), licence='')}
+    source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(bench.work/'remote.jsonl'), licence='')}
     import pooch.downloaders
     cache = bench.scratch/'cache'
     def before():
