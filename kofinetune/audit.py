@@ -6,8 +6,9 @@
 __all__ = ['DETECTORS', 'FILE_DETECTORS', 'similar_pairs', 'near_pairs', 'astray_batches', 'audit', 'audit_summary']
 
 # %% ../nbs/audit.ipynb #785769bc
-import math, random, re, zlib
+import math, random, re, tomllib, zlib
 from collections import Counter
+from importlib.resources import files
 
 from .prompt import INPUT_HEAD, INSTRUCTION_HEAD, RESPONSE_HEAD
 from .korean import code_switching, has_hangul, speech_level
@@ -27,27 +28,18 @@ def _echoes_question(row):
     return answer != '' and answer in (row['instruction'].strip(), row['input'].strip())
 
 # %% ../nbs/audit.ipynb #7658b352
-_NO_INPUT = re.compile(
-    r'입력\S{0,2}(?:\s(?:내용|정보|값)\S?)?\s?:?\s?'
-    r'(?:없(?:음|습니다|어|기 때|으므로|을 때)|필요(?:합니다| 없음)|모호)'
-    r'|입력에 따라 다름|입력된 (?:정보|내용)\S? (?:부족|없)|입력\S* 제공해'
-    r'|(?:컨텍스트|맥락|추가 정보|관련 정보)\S? 없|요구 사항도 제시해'
-    r'|(?:추가|자세한|필요한) (?:정보|데이터)\S? (?:제공|입력)해\s?주'
-    r'|(?:그림|사진|이미지)\S*\s(?:\S+\s)?(?:확인할|볼) 수 없')
-_ABOUT_TEXTS = re.compile('질문|인터뷰|스크립트|메시지|이메일')
-_NO_TEXT = re.compile(r'\W*(?:(?:입력(?: ?값| ?내용)?\S? ?(?:필요 )?|해당 )?(?:없음|없습니다)'
-                     r'|노인 ?입력|no ?input|n/?a|none)\W*', re.I)
-_HEADINGS = re.compile(
-    r'\A\s*(?:샘플 응답|내용|응답|출력|답변) ?\d*\s?:|^\s*(?:입력|출력)\s?\d*\s?:'
-    r'|번째 응답|마지막 응답내용|적절한 응답 ?:|\S##\s*$|\A\s*항목 ?\d', re.M)
+_wordings = (files('kofinetune')/'assets'/'wordings.toml').read_text(encoding='utf-8')
+_SEEN = {name: re.compile('|'.join(parts))
+         for name, parts in tomllib.loads(_wordings).items()}
 
 def _no_input_answer(row):
     "Find an answer that says there is no input, or asks for one."
-    return not _ABOUT_TEXTS.search(row['instruction']) and bool(_NO_INPUT.search(row['output']))
+    may_ask = _SEEN['about_texts'].search(row['instruction'])
+    return not may_ask and bool(_SEEN['no_input'].search(row['output']))
 
 def _placeholder_input(row):
     "Find an input that is a remark such as 'no input', where it should be empty."
-    return bool(_NO_TEXT.fullmatch(row['input']))
+    return bool(_SEEN['placeholder'].fullmatch(row['input']))
 
 def _prompt_marker(row):
     "Find a heading of a prompt: Alpaca's own in any text, the data's own in an answer."
@@ -55,40 +47,30 @@ def _prompt_marker(row):
     for head in (INSTRUCTION_HEAD, INPUT_HEAD, RESPONSE_HEAD):
         if head.strip() in question + '\n' + answer: return True
     if 'ChatGPT' in answer and 'GPT' not in question: return True
-    return bool(_HEADINGS.search(answer)) and '출력' not in row['instruction']
+    return bool(_SEEN['headings'].search(answer)) and '출력' not in row['instruction']
 
 # %% ../nbs/audit.ipynb #efd8960f
-_NUMBERS = re.compile(r'짝수|숫자|정수|자연수|수열|합|곱|함수|배수|소수|행렬|코드|알고리즘|스크립트|프로그램|\d')
-
 def _odd_number(row):
     "Find 'odd number' where no number is in sight: a mistranslated 'odd one out'."
     asked = row['instruction'] + ' ' + row['input']
-    return '홀수' in asked and not _NUMBERS.search(asked)
+    return '홀수' in asked and not _SEEN['numbers'].search(asked)
 
 # %% ../nbs/audit.ipynb #e8805534
-_FICTION = re.compile(
-    r'시를|[가-힣]시\b|시\s?(?:한|짓|쓰|작성|생성)|하이쿠|가사|노래|이야기|소설|스토리|대화|대본|대사|연극|동화'
-    r'|줄거리|장면|독백|편지|카드|카피|슬로건|의역|다시 (?:쓰|작성)|바꾸|변환|문장|번역|수정|추가')
-
 def _mixed_speech(row):
     "Find an answer that mixes polite and plain sentences; a story or a rewrite may."
-    return not _FICTION.search(row['instruction']) and speech_level(row['output']) == 'mixed'
+    if _SEEN['fiction'].search(row['instruction']): return False
+    return speech_level(row['output']) == 'mixed'
 
 # %% ../nbs/audit.ipynb #531258f9
-_OPEN_END = re.compile(
-    r'[,:(·]\Z|[가-힣](?:하며|하고|되며|되고|이며|으며|지만|면서|므로|려면|는데)\Z'
-    r'|[가-힣](?:거나|도록|하여|위해|위한|에서|으로|에게|까지|에는)\Z'
-    r'|\s(?:및|그리고|또는|하지만|때문에|등의|대한|통해)\Z|[가-힣]{2,}[을를]\Z')
-
 def _truncated_ending(row):
-    "Find an answer that stops in the middle of a sentence, a bracket or a block of code."
+    "Find an answer that stops in the middle of a sentence, a bracket or code."
     text = row['output'].strip()
     if text.count('```') % 2 or text.endswith((',', '(')): return True
     last = text.split('\n')[-1]
-    is_open = _OPEN_END.search(last[-20:]) or last.count('(') > last.count(')')
+    is_open = _SEEN['open_end'].search(last[-20:]) or last.count('(') > last.count(')')
     if last.count(' ') < 3 or not is_open: return False
-    is_verse = '\n' in text and _FICTION.search(row['instruction'])   # it may end anywhere
-    return not is_verse
+    is_verse = '\n' in text and _SEEN['fiction'].search(row['instruction'])
+    return not is_verse     # a line of verse may end anywhere
 
 # %% ../nbs/audit.ipynb #6c47e0c1
 def _exact_duplicate(rows):
@@ -104,7 +86,7 @@ def _exact_duplicate(rows):
 def similar_pairs(
     texts: list[str],
     least: float = .8,   # overlap of shingles from which on two texts count as similar
-) -> list[tuple[int, int, float]]:  # (text, the earlier one that is most like it, overlap)
+) -> list[tuple[int, int, float]]:  # (text, the earlier one most like it, overlap)
     "Pair each text with the most similar one before it, if it is similar enough."
     from datasketch import MinHash, MinHashLSH
     cut, found = [_shingles(text) for text in texts], []
@@ -119,7 +101,7 @@ def similar_pairs(
     return found
 
 def _shingles(text):
-    "Cut `text`, without white space, punctuation and case, into runs of three characters."
+    "Cut the letters and digits of `text`, without case, into runs of three."
     text = ''.join(c for c in text.lower() if c.isalnum())
     return {text[i:i + 3] for i in range(max(len(text) - 2, 1))} - {''}
 
@@ -131,7 +113,7 @@ def _overlap(a, b):
 def near_pairs(
     rows: list[dict],
 ) -> list[tuple[int, int]]:  # (row, an earlier row that it repeats, or nearly)
-    "Pair the rows that ask what an earlier row asks, or ask and answer nearly the same."
+    "Pair rows that ask what an earlier one asks, or ask and answer nearly the same."
     pairs = similar_pairs([f'{row["instruction"]} {row["input"]}' for row in rows])
     answers = [_shingles(row['output']) for row in rows]
     return [(i, j) for i, j, share in pairs
@@ -144,7 +126,7 @@ def _near_duplicate(rows):
 
 # %% ../nbs/audit.ipynb #51c2904f
 def _pair_vectors(texts):
-    "Weigh the letter pairs of each text by how rare they are in `texts` (TF-IDF); length 1."
+    "Weigh each text's letter pairs by how rare they are (TF-IDF): vectors of length 1."
     pairs = [{word[i:i + 2] for word in re.findall(r'\w+', text.lower())
               for i in range(max(len(word) - 1, 1))} for text in texts]
     seen, vectors = Counter(pair for found in pairs for pair in found), []
@@ -161,7 +143,7 @@ def _likeness(a, b):
 
 # %% ../nbs/audit.ipynb #e7e35def
 def _stray_gaps(answers, own, size=10):
-    "Measure, in each run of `size` rows, how much more an answer is like the others than `own`."
+    "Measure how much more an answer is like those around it than like its question."
     import numpy as np
     count = len(answers)
     near = np.zeros((size, count))     # near[d, i]: likeness of answers i and i + d
@@ -177,7 +159,7 @@ def _stray_gaps(answers, own, size=10):
 
 # %% ../nbs/audit.ipynb #f78127e7
 def _luck(counts, size=10):
-    "Say how often k or more of `size` stray by luck, for each k; `counts` are of shuffled rows."
+    "Fit a beta-binomial to `counts`: how often k or more stray by luck, for each k."
     from scipy.special import betaln
     share = min(max(counts.mean() / size, 1e-6), 1 - 1e-6)
     spread = (counts.var() / (size * share * (1 - share)) - 1) / (size - 1)
@@ -191,8 +173,8 @@ def _luck(counts, size=10):
 def astray_batches(
     rows: list[dict],    # in the order in which they were made
     size: int = 10,      # answers that were made at a time
-    limit: float = .05,  # batches by chance, in the whole file, below which one is believed
-) -> list[dict]:         # first, last (row numbers from 0), rows (that strayed), chance, gap
+    limit: float = .05,  # batches by chance, in the file, below which one is believed
+) -> list[dict]:         # first, last (row numbers), rows (that strayed), chance, gap
     "Find the batches whose answers belong to one question; smaller `chance` is surer."
     if len(rows) <= 2 * size: return []
     questions = [f'{row["instruction"]}\n{row["input"]}' for row in rows]
@@ -208,32 +190,35 @@ def astray_batches(
         if chance >= limit: break
         if taken.isdisjoint(batch):
             taken.update(batch)
-            found.append(dict(first=first, last=batch[-1], chance=float(f'{chance:.2g}'),
-                              gap=round(float(gaps[first].mean()), 3),
-                              rows=[i for i, gap in zip(batch, gaps[first]) if gap > 0]))
+            found.append(dict(
+                first=first, last=batch[-1], chance=float(f'{chance:.2g}'),
+                gap=round(float(gaps[first].mean()), 3),
+                rows=[i for i, gap in zip(batch, gaps[first]) if gap > 0]))
     return sorted(found, key=lambda batch: batch['first'])
 
 # %% ../nbs/audit.ipynb #088d44ad
 def _astray_batch(rows):
-    "List the rows that strayed in batches, but not a batch's last, whose question all answer."
-    return [i for batch in astray_batches(rows) for i in batch['rows'] if i != batch['last']]
+    "List the rows that strayed, but not a batch's last, whose question all answer."
+    return [i for batch in astray_batches(rows)
+            for i in batch['rows'] if i != batch['last']]
 
 # %% ../nbs/audit.ipynb #0bf3448d
 def _length_outlier(rows):
-    "List answers over the upper quartile by more than three times the quartiles' distance."
+    "List answers three quartile distances longer than the upper quartile (Tukey)."
     lengths = sorted(len(row['output']) for row in rows)
     if not lengths: return []
     low, high = lengths[len(lengths) // 4], lengths[3 * len(lengths) // 4]
-    most = high + 3 * max(high - low, 1)      # Tukey's fence
+    most = high + 3 * max(high - low, 1)
     return [i for i, row in enumerate(rows) if len(row['output']) > most]
 
 # %% ../nbs/audit.ipynb #ad5132ee
-def _by_flag(*detectors): return {found.__name__.lstrip('_'): found for found in detectors}
+def _by_flag(*functions): return {f.__name__.lstrip('_'): f for f in functions}
 
 DETECTORS = _by_flag(   # of single rows
     _empty_answer, _no_hangul, _echoes_question, _no_input_answer, _placeholder_input,
     _prompt_marker, _odd_number, _truncated_ending, _mixed_speech, code_switching)
-FILE_DETECTORS = _by_flag(_exact_duplicate, _near_duplicate, _astray_batch, _length_outlier)
+FILE_DETECTORS = _by_flag(   # of a whole file
+    _exact_duplicate, _near_duplicate, _astray_batch, _length_outlier)
 
 def audit(
     rows: list[dict],       # checked rows
@@ -247,9 +232,10 @@ def audit(
 def audit_summary(
     flags: dict[str, list[int]],  # what `audit` returned
     count: int,                   # rows that were audited
-) -> list[dict]:                  # flag, rows, percent, only (rows without another), first
+) -> list[dict]:                  # flag, rows, percent, only (no other flag), first
     "Sum up `flags`, one line a flag."
     carried = Counter(i for where in flags.values() for i in where)
-    return [dict(flag=name, rows=len(where), percent=round(100 * len(where) / max(count, 1), 2),
+    return [dict(flag=name, rows=len(where),
+                 percent=round(100 * len(where) / max(count, 1), 2),
                  only=sum(carried[i] == 1 for i in where), first=where[:5])
             for name, where in flags.items()]

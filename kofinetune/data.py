@@ -23,7 +23,8 @@ def git_blob_id(
     path: Path,  # a file, however large
 ) -> str:        # 40 hexadecimal digits, as `git hash-object` prints them
     "Compute the id under which git stores a file."
-    begun = hashlib.sha1(f'blob {path.stat().st_size}\0'.encode(), usedforsecurity=False)
+    head = f'blob {path.stat().st_size}\0'.encode()
+    begun = hashlib.sha1(head, usedforsecurity=False)
     with path.open('rb') as f: return hashlib.file_digest(f, lambda: begun).hexdigest()
 
 # %% ../nbs/00_data.ipynb #361c4f5d
@@ -43,7 +44,7 @@ def cache_dir() -> Path:
     "Say where downloads and the stand-in base are kept; `$KOFINETUNE_CACHE` sets it."
     path = Path(os.environ.get('KOFINETUNE_CACHE') or Path.home()/'.cache'/'kofinetune')
     if path.is_file():
-        raise ValueError(f'KOFINETUNE_CACHE is {path}, which is a file; set it to a folder')
+        raise ValueError(f'KOFINETUNE_CACHE is {path}, a file; set it to a folder')
     return path
 
 # %% ../nbs/00_data.ipynb #13214d16
@@ -51,7 +52,7 @@ def fetch(
     url: str,   # an address that holds a revision
     blob: str,  # git blob id that the bytes must have
 ) -> Path:      # the file in the cache
-    "Download `url` once, with a progress bar, and check that it is the file that `blob` names."
+    "Download `url` once, with a progress bar, and check that it is the right file."
     path = cache_dir()/'sources'/f'{blob[:12]}-{url.rsplit("/", 1)[-1]}'
     if not path.is_file(): _download(url, blob, path)
     _check_blob(path, blob, path, '; delete it and try again')
@@ -59,11 +60,12 @@ def fetch(
 
 def _check_blob(path, blob, name, advice):
     seen = git_blob_id(path)
-    if seen != blob: raise ValueError(f'{name} has git blob id {seen}, not {blob}{advice}')
+    if seen != blob:
+        raise ValueError(f'{name} has git blob id {seen}, not {blob}{advice}')
 
 # %% ../nbs/00_data.ipynb #94b36364
 def _download(url, blob, path):
-    "Download `url` to a folder that the next attempt empties; move the right file to `path`."
+    "Download `url` to a folder that the next attempt empties; move it to `path`."
     import pooch, requests
     from filelock import FileLock
     pooch.get_logger().setLevel('WARNING')
@@ -77,25 +79,26 @@ def _download(url, blob, path):
             _check_blob(part/path.name, blob, url, ': the file was moved or altered')
             os.replace(part/path.name, path)
         except requests.RequestException as e:
-            raise RuntimeError(f'{url} could not be downloaded ({type(e).__name__}); try again '
-                               'with a network, or download it elsewhere and put it at '
-                               f'{path}') from None
+            raise RuntimeError(
+                f'{url} could not be downloaded ({type(e).__name__}); try again with a '
+                f'network, or download it elsewhere and put it at {path}') from None
         finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_data.ipynb #ef9770e1
 def _source_path(source):
     "Find the file of a `source`, downloading a known one that is not in the cache."
-    if source == 'rehearsal': return Path(str(files('kofinetune')/'assets'/'rehearsal.jsonl'))
+    packaged = files('kofinetune')/'assets'/'rehearsal.jsonl'
+    if source == 'rehearsal': return Path(str(packaged))
     if source not in SOURCES: return Path(source)
     return fetch(SOURCES[source]['url'], SOURCES[source]['blob'])
 
 def load_rows(
-    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a .json, .jsonl or .csv file
+    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file
 ) -> list[dict]:   # checked rows in their own order
-    "Load the rows of a known `source`, or of a file."
-    known = source == 'rehearsal' or source in SOURCES
-    if not known and Path(source).suffix not in ('.json', '.jsonl', '.csv'):
-        raise ValueError(f'source is {source!r}; it is {", ".join(SOURCES)}, rehearsal, '
+    "Load the rows of a known `source`, or of a .json, .jsonl or .csv file."
+    known = [*SOURCES, 'rehearsal']
+    if source not in known and Path(source).suffix not in ('.json', '.jsonl', '.csv'):
+        raise ValueError(f'source is {source!r}; it is {", ".join(known)}, '
                          'or a .json, .jsonl or .csv file')
     return read_rows(_source_path(source))
 
@@ -107,8 +110,9 @@ def provenance(
     path, known = _source_path(source), SOURCES.get(source, {})
     licence = 'Apache-2.0' if source == 'rehearsal' else 'as its owner says'
     with path.open('rb') as f: sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
-    return dict(source=source, url=known.get('url'), licence=known.get('licence', licence),
-                git_blob=git_blob_id(path), sha256=sha256, bytes=path.stat().st_size)
+    return dict(
+        source=source, url=known.get('url'), licence=known.get('licence', licence),
+        git_blob=git_blob_id(path), sha256=sha256, bytes=path.stat().st_size)
 
 # %% ../nbs/00_data.ipynb #de8dd441
 def clean_rows(
@@ -129,12 +133,12 @@ def split_rows(
     rows: list[dict],   # checked rows
     valid_rows: int,    # how many to hold out
     seed: int = 0,      # another seed, another draw
-    pairs: list[tuple[int, int]] = (),  # rows that must stay together, as `near_pairs` gives
-) -> tuple[list[dict], list[dict]]:     # training rows, held-out rows; in the file's order
-    "Hold out `valid_rows` rows, chosen by a hash of instruction and input, in whole groups."
+    pairs: list[tuple[int, int]] = (),  # rows that must stay together (`near_pairs`)
+) -> tuple[list[dict], list[dict]]:     # training and held-out rows, in file order
+    "Hold out `valid_rows` rows, in whole groups, chosen by a hash of the question."
     if not 0 <= valid_rows < max(len(rows), 1):
-        raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies from 0 '
-                         f'to {len(rows) - 1}')
+        raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies '
+                         f'from 0 to {len(rows) - 1}')
     keys = [_question_hash(row, seed) for row in rows]
     group = {key: key for key in keys}
     def name(key):                     # of a group: the smallest hash in it
@@ -188,13 +192,13 @@ def prepare(
 ) -> dict:                 # counts: rows, kept, reported, train, valid
     "Write train.jsonl, valid.jsonl and audit.json into `run/data`."
     def make(folder):
-        if _is_large(recipe): counts = prepare_large(Path(recipe.source), folder, recipe)
-        else: counts = _prepare_rows(recipe, folder)
+        counts = (_prepare_rows(recipe, folder) if not _is_large(recipe) else
+                  prepare_large(Path(recipe.source), folder, recipe))
         return counts | dict(source=recipe.source, provenance=provenance(recipe.source))
     return stage(recipe, run, 'data', make, force, _source_id(recipe.source))
 
 def _source_id(source):
-    "Identify the bytes behind `source`, without a download; empty where there is no file."
+    "Identify the bytes of `source` without a download; empty where there are none."
     if source in SOURCES: return SOURCES[source]['blob']
     path = _source_path(source)
     return git_blob_id(path) if path.is_file() else ''

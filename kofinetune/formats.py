@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['FIELDS', 'read_text', 'check_row', 'normalize_row', 'decode_lines', 'validate_rows', 'read_rows']
 
-# %% ../nbs/formats.ipynb #5d1f8742
+# %% ../nbs/formats.ipynb #0860231a
 import csv, io, json, re, unicodedata
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
-# %% ../nbs/formats.ipynb #ee4ebd8f
+# %% ../nbs/formats.ipynb #ecb11358
 def _decode_text(data, path):
     "Decode the UTF-8 bytes `data`, a part of the file `path`, with or without a BOM."
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         coding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'cp949'
-        raise ValueError(f'is not UTF-8 (byte {e.start} is {e.object[e.start]:#04x}); fix it '
-                         f'with: iconv -f {coding} -t utf-8 {path.name}') from None
+        why = f'is not UTF-8 (byte {e.start} is {e.object[e.start]:#04x})'
+        fix = f'fix it with: iconv -f {coding} -t utf-8 {path.name}'
+        raise ValueError(f'{why}; {fix}') from None
 
 def read_text(
     path: Path,  # a UTF-8 file, with or without a BOM
@@ -27,29 +27,24 @@ def read_text(
     try: return _decode_text(path.read_bytes(), path)
     except ValueError as e: raise ValueError(f'{path} {e}') from None
 
-# %% ../nbs/formats.ipynb #ce8b22c2
+# %% ../nbs/formats.ipynb #32c87468
 FIELDS = ('instruction', 'input', 'output', 'kind')
 _LONG = 100_000   # characters
 _SURROGATE = re.compile('[\ud800-\udfff]')
 _ODD = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]')
 _STRANGE = re.compile(f'{_SURROGATE.pattern}|{_ODD.pattern}')
+_Fault = namedtuple('_Fault', 'field kind text')   # text: what follows 'line 3'
 
-class _Fault(NamedTuple):
-    "Why a row cannot be used."
-    field: str   # empty where it is the whole row
-    kind: str    # a short name to count by
-    text: str    # what a message says after 'my.jsonl line 3'
-
-# %% ../nbs/formats.ipynb #29fc153d
+# %% ../nbs/formats.ipynb #3388c812
 def check_row(
-    row,           # anything that a file may hold
-) -> tuple:        # the row to use, or None; its faults (field, kind, text); its notes (field, text)
-    "Check that `row` can be used. A missing `input` is empty, and other fields are left out."
+    row,     # anything that a file may hold
+) -> tuple:  # the row or None; its faults (field, kind, text); its notes (field, text)
+    "Check that `row` can be used. A missing `input` is empty; other keys are left out."
     if _is_plain(row): return row, (), ()
     faults = [row] if isinstance(row, _Fault) else _faults(row)
     if faults: return None, faults, ()
-    kept = {name: row.get(name, '') for name in FIELDS if name in row or name == 'input'}
-    return kept, (), _notes(row)
+    used = {'input': ''} | row
+    return {name: used[name] for name in FIELDS if name in used}, (), _notes(row)
 
 def _is_plain(row):
     "Say, in one look, that `row` has neither faults nor notes; most have not."
@@ -59,50 +54,58 @@ def _is_plain(row):
     return (len(text) < _LONG and bool(row['instruction'].strip())
             and not _STRANGE.search(text) and unicodedata.is_normalized('NFC', text))
 
-# %% ../nbs/formats.ipynb #ad7a0bfa
+# %% ../nbs/formats.ipynb #f96699a5
 def _faults(row):
     "List why `row` cannot be used."
-    if not isinstance(row, dict):
-        text = f' is {type(row).__name__}, not an object with instruction and output'
-        return [_Fault('', 'not an object', text)]
-    held, found = ', '.join(map(str, row)) or 'nothing', []
-    for name in FIELDS:
-        value = row.get(name, '')
-        if name not in row and name in ('instruction', 'output'):
-            found.append(_Fault(name, 'missing', f' has no {name!r} (it has {held:.80}); add it, '
-                                                 'or drop the row'))
-        elif not isinstance(value, str):
-            found.append(_Fault(name, 'null' if value is None else 'not text',
-                                f': {name!r} is {value!r:.60}; it must be text in quotes'))
-        elif half := _SURROGATE.search(value):
-            found.append(_Fault(name, 'lone surrogate', f': {name!r} has half a character, U+'
-                                f'{ord(half[0]):04X}, as character {half.start() + 1}; take it out'))
-        elif name == 'instruction' and not value.strip():
-            found.append(_Fault(name, 'empty', ': the instruction is empty'))
-    return found
+    if isinstance(row, dict): return [f for name in FIELDS if (f := _fault(row, name))]
+    text = f' is {type(row).__name__}, not an object with instruction and output'
+    return [_Fault('', 'not an object', text)]
 
+def _fault(row, name):
+    "Say why the field `name` of `row` cannot be used; None where it can."
+    value = row.get(name, '')
+    if name not in row and name in ('instruction', 'output'):
+        held = ', '.join(map(str, row)) or 'nothing'
+        kind = 'missing'
+        text = f' has no {name!r} (it has {held:.80}); add it, or drop the row'
+    elif not isinstance(value, str):
+        kind = 'null' if value is None else 'not text'
+        text = f': {name!r} is {value!r:.60}; it must be text in quotes'
+    elif half := _SURROGATE.search(value):
+        kind = 'lone surrogate'
+        text = (f': {name!r} has half a character, U+{ord(half[0]):04X}, as character '
+                f'{half.start() + 1}; take it out')
+    elif name == 'instruction' and not value.strip():
+        kind, text = 'empty', ': the instruction is empty'
+    else: return None
+    return _Fault(name, kind, text)
+
+# %% ../nbs/formats.ipynb #39ab2d6d
 def _notes(row):
     "List what is odd about a row without faults."
     notes = [] if 'input' in row else [('input', 'is missing, taken as empty')]
-    notes += [(name, 'is no field of a row, left out') for name in row if name not in FIELDS]
-    for name in FIELDS:
-        text = row.get(name, '')
-        if len(text) > _LONG: notes.append((name, f'is longer than {_LONG:,} characters'))
+    for name, text in row.items():
+        if name not in FIELDS:
+            notes.append((name, 'is no field of a row, left out'))
+            continue
+        if len(text) > _LONG:
+            notes.append((name, f'is longer than {_LONG:,} characters'))
         if not unicodedata.is_normalized('NFC', text):
             notes.append((name, 'is not NFC (letters in pieces)'))
         for c in sorted(set(_ODD.findall(text))):
-            what = 'the trace of a wrong decoding' if c == '\ufffd' else 'a control character'
+            what = 'a control character' if c < '\x80' else 'a trace of wrong decoding'
             notes.append((name, f'has U+{ord(c):04X}, {what}'))
     return notes
 
-# %% ../nbs/formats.ipynb #77ffc7e9
+# %% ../nbs/formats.ipynb #7eca1ce4
 def normalize_row(
     row: dict,
 ) -> dict:  # the same fields
     "Compose every text to NFC and strip the white space around it."
-    return {name: unicodedata.normalize('NFC', text).strip() for name, text in row.items()}
+    return {name: unicodedata.normalize('NFC', text).strip()
+            for name, text in row.items()}
 
-# %% ../nbs/formats.ipynb #d4aef44f
+# %% ../nbs/formats.ipynb #db3ef9a6
 def _without_repeats(pairs):
     "Make a dict of a JSON object, or a fault where it has a key twice."
     row = dict(pairs)
@@ -115,77 +118,78 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
 def _decode_json(text):
     "Decode one JSON value; a fault where it is none."
     try: return _DECODER.decode(text)
-    except (ValueError, RecursionError) as e: return _Fault('', 'not JSON', f' is not JSON: {e}')
+    except (ValueError, RecursionError) as e:
+        return _Fault('', 'not JSON', f' is not JSON: {e}')
 
 def decode_lines(
     lines,        # bytes of JSON lines
     path: Path,   # their file, for messages
-):                # yields (line number from 1, value) for `check_row`
+):                # yields ('line 3', value for `check_row`)
     "Decode each line that is not blank."
     for number, line in enumerate(lines, 1):
         try: text = _decode_text(line, path)
-        except ValueError as e: yield number, _Fault('', 'not UTF-8', f' {e}')
+        except ValueError as e: yield f'line {number}', _Fault('', 'not UTF-8', f' {e}')
         else:
-            if text.strip(): yield number, _decode_json(text)
+            if text.strip(): yield f'line {number}', _decode_json(text)
 
-# %% ../nbs/formats.ipynb #03a002df
+# %% ../nbs/formats.ipynb #6d8532cf
 def _array_rows(path):
     "Yield (where, value) for each element of a JSON array."
     text = read_text(path)
     array = _decode_json(text) if text.strip() else []
     if isinstance(array, _Fault): raise ValueError(f'{path}{array.text}')
     if not isinstance(array, list):
-        raise ValueError(f'{path} holds {type(array).__name__}; it must be an array of rows')
+        held = type(array).__name__
+        raise ValueError(f'{path} holds {held}; it must be an array of rows')
     for i, value in enumerate(array): yield f'row {i}', value
 
 def _line_rows(path):
     "Yield (where, value) for each line of JSON lines."
-    with path.open('rb') as f:
-        for number, value in decode_lines(f, path): yield f'line {number}', value
+    with path.open('rb') as f: yield from decode_lines(f, path)
 
-# %% ../nbs/formats.ipynb #39f766b8
+# %% ../nbs/formats.ipynb #436ad1d8
 def _csv_rows(path):
-    "Yield (where, value) for each row of a CSV file whose first line names the columns."
+    "Yield (where, value) for each row of a CSV file; its first line names the columns."
     text = read_text(path)
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.reader(io.StringIO(text, newline=''), strict=True)
-    names, start = None, 1
+    names, where = None, 'line 1'
     try:
         for cells in reader:
             if names is None: names = _column_names(cells, path)
-            elif len(cells) == len(names): yield f'line {start}', dict(zip(names, cells))
+            elif len(cells) == len(names): yield where, dict(zip(names, cells))
             elif cells:
-                problem = f' has {len(cells)} fields where line 1 has {len(names)}'
-                yield f'line {start}', _Fault('', 'columns', problem)
-            start = reader.line_num + 1
-    except csv.Error as e: yield f'line {start}', _Fault('', 'not CSV', f' is not CSV: {e}')
+                text = f' has {len(cells)} fields where line 1 has {len(names)}'
+                yield where, _Fault('', 'columns', text)
+            where = f'line {reader.line_num + 1}'
+    except csv.Error as e: yield where, _Fault('', 'not CSV', f' is not CSV: {e}')
 
 def _column_names(cells, path):
     "Check the first line of a CSV file."
     if not {'instruction', 'output'} <= set(cells) or len(set(cells)) < len(cells):
-        raise ValueError(f'{path} line 1 is {",".join(cells):.80}; it must name each column '
-                         'once, instruction and output among them')
+        raise ValueError(f'{path} line 1 is {",".join(cells):.80}; it must name each '
+                         'column once, instruction and output among them')
     return cells
 
-# %% ../nbs/formats.ipynb #3a16f670
+# %% ../nbs/formats.ipynb #dd5a208f
 def _read_values(path):
     "Yield (where, value) for each row of a file."
     readers = {'.json': _array_rows, '.jsonl': _line_rows, '.csv': _csv_rows}
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is not a file; give source a .json, .jsonl or .csv '
-                                'file')
+        raise FileNotFoundError(f'{path} is not a file; give source a .json, .jsonl or '
+                                '.csv file')
     if path.suffix not in readers:
-        raise ValueError(f'{path} ends in {path.suffix!r}; a source is .json, .jsonl or .csv')
+        raise ValueError(f'{path} ends in {path.suffix!r}; a source is .json, .jsonl '
+                         'or .csv')
     yield from readers[path.suffix](path)
 
-def _encoding_notes(path):
-    "Say what is odd about the bytes of a file."
+def _byte_notes(path):
+    "Yield what is odd about the bytes of a file."
     with path.open('rb') as f: head = f.read(1 << 20)
-    return [text for found, text in (
-        (head.startswith(b'\xef\xbb\xbf'), 'the file begins with a BOM, skipped'),
-        (b'\r\n' in head, 'the lines end in CRLF')) if found]
+    if head[:3] == b'\xef\xbb\xbf': yield 'the file begins with a BOM, skipped'
+    if b'\r\n' in head: yield 'the lines end in CRLF'
 
-# %% ../nbs/formats.ipynb #e06c9ef3
+# %% ../nbs/formats.ipynb #6e4679c8
 def validate_rows(
     path: Path,               # a .json, .jsonl or .csv file
     shown: int = 20,          # faults to spell out
@@ -199,10 +203,11 @@ def validate_rows(
         else: kept.append(row)
         for field, kind, text in faults:
             kinds[f'{field}: {kind}' if field else kind] += 1
-            if len(first) < shown: first.append(dict(where=where, field=field, problem=where + text))
+            if len(first) < shown:
+                first.append(dict(where=where, field=field, problem=where + text))
         for field, text in odd:
             notes.setdefault(f'{field} {text}', dict(rows=0, first=where))['rows'] += 1
-    for text in _encoding_notes(path): notes[text] = dict(rows=len(kept), first='line 1')
+    for text in _byte_notes(path): notes[text] = dict(rows=len(kept), first='line 1')
     return kept, dict(file=path.name, rows=len(kept) + reported, kept=len(kept),
                       reported=reported, faults=dict(kinds), notes=notes, first=first)
 

@@ -44,7 +44,8 @@ class Word(str):
     def __format__(self, particle):
         if not particle: return str(self)
         if particle not in PAIRS:
-            raise ValueError(f'particle is {particle!r}; it is one of {", ".join(PAIRS)}')
+            known = ', '.join(PAIRS)
+            raise ValueError(f'particle is {particle!r}; it is one of {known}')
         after_tail, after_vowel = PAIRS[particle]
         closed = _tail(self) and not (particle == '으로' and _tail(self) == 8)  # 연필로, 서울로
         return self + (after_tail if closed else after_vowel)
@@ -65,7 +66,7 @@ def known_nouns(
 def check_particles(
     text: str,
     nouns: set[str],            # what `known_nouns` returns
-) -> list[tuple]:               # (word with its ending, True: it fits, False, None: undecided)
+) -> list[tuple]:               # (word and particle, does it fit? None: undecided)
     "Judge each 은/는, 이/가, 을/를 and 으로/로 by the sound before it; 1, 2, 3 are 일, 이, 삼."
     found = []
     for stem, particle in PARTICLE.findall(text):
@@ -109,13 +110,13 @@ def code_switching(
     row: dict,
 ) -> bool:
     "Find a Korean answer that slips into another language without being asked to."
-    answer = row['output']
-    if not _FOREIGN.search(answer) or not has_hangul(answer) or _CODE.search(answer): return False
-    if _ASKS_FOREIGN.search(row['instruction'] + row['input']): return False
+    asked, answer = row['instruction'] + row['input'], row['output']
+    if not _FOREIGN.search(answer) or not has_hangul(answer): return False
+    if _CODE.search(answer) or _ASKS_FOREIGN.search(asked): return False
     return _foreign_share(answer) > .02
 
 def _foreign_share(text):
-    "Measure which share of the letters is foreign, outside code, brackets and quotations."
+    "Say which share of the letters is foreign, outside code, brackets and quotations."
     text = _ASIDE.sub(' ', text)
     letters = sum(c.isalpha() for c in text)
     return sum(map(len, _FOREIGN.findall(text))) / letters if letters else 0.0

@@ -17,11 +17,11 @@ from .recipe import Recipe
 from .runs import progress, write_json, write_jsonl
 from .audit import DETECTORS
 
-# %% ../nbs/large.ipynb #e5ab4351
+# %% ../nbs/large.ipynb #e584711f
 _PART = 1 << 21   # bytes in a part, more or less
 
 def _parts(path):
-    "Cut a file of lines into (first byte, last byte + 1) of parts that end where a line ends."
+    "Cut a file into parts that end where a line ends: (first byte, last byte + 1)."
     total, cuts = path.stat().st_size, [0]
     with path.open('rb') as f:
         while cuts[-1] < total:
@@ -34,8 +34,9 @@ def _hash60(text):
     "Hash `text` to a number: the first 15 of the 64 hexadecimal digits of SHA-256."
     return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
+# %% ../nbs/large.ipynb #a0a8d0be
 def _scan(part, path, folder, recipe):
-    "Check a part of `path`; write its rows; return its faults, and four numbers for each row."
+    "Check a part of `path`; write its rows; return faults, and four numbers a row."
     import numpy as np
     with path.open('rb') as f:
         f.seek(part[0])
@@ -48,90 +49,98 @@ def _scan(part, path, folder, recipe):
             numbers.append((0, 0, 0, 0))
             continue
         ready = normalize_row(row) if recipe.normalize else row
-        flags = sum(1 << n for n, found in enumerate(DETECTORS.values()) if found(ready))
+        found = [bool(f(ready)) << n for n, f in enumerate(DETECTORS.values())]
         copy = _hash60('\0'.join(ready[name] for name in FIELDS[:3]))
         question = _hash60(f'{recipe.seed}\0{ready["instruction"]}\0{ready["input"]}')
-        numbers.append((ready != row, flags, copy, question))
+        numbers.append((ready != row, sum(found), copy, question))
         rows.append(ready)
     write_jsonl(rows, folder/f'{part[0]:015}.jsonl')
     return faults, np.array(numbers, dtype=np.int64).reshape(-1, 4)
 
-# %% ../nbs/large.ipynb #a3aac736
+# %% ../nbs/large.ipynb #d10584ff
 def _scan_parts(path, folder, recipe, processes):
     "Scan every part of `path`, in several processes if there are several parts."
     parts, scan = _parts(path), partial(_scan, path=path, folder=folder, recipe=recipe)
     if min(processes, len(parts)) < 2: return [scan(part) for part in parts]
-    pool = ProcessPoolExecutor(processes, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(processes, initializer=_follow_parent)
     try: return list(progress(pool.map(scan, parts), 'parts read, audited', len(parts)))
     finally: pool.shutdown(cancel_futures=True)   # also when it is interrupted
 
-def _end_with_parent():
-    "Let Linux end this process when its parent is killed: it would wait for work for ever."
+def _follow_parent():
+    "Leave Ctrl-C to the parent, and let Linux end this process when that is killed."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl = getattr(ctypes.CDLL(None), 'prctl', None)
     if prctl: prctl(1, signal.SIGKILL)   # 1: PR_SET_PDEATHSIG
 
-# %% ../nbs/large.ipynb #692ef519
-def _hold_out(questions, valid_rows):
-    "Choose the rows whose question has the smallest hash, whole questions, as `split_rows` does."
+# %% ../nbs/large.ipynb #22318e54
+def _split(good, flags, question, recipe):
+    "Say which rows are kept, and which held out: those with the smallest hashes."
     import numpy as np
-    hashes, counts = np.unique(questions, return_counts=True)
-    held, count = [], 0
-    for name, copies in zip(hashes, counts):
-        if count == valid_rows: break
-        if count + copies <= valid_rows:
+    keep, held, count = good.copy(), [], 0
+    for name in recipe.drop: keep[flags[name]] = False
+    for name, copies in zip(*np.unique(question[keep], return_counts=True)):
+        if count == recipe.valid_rows: break
+        if count + copies <= recipe.valid_rows:
             held.append(name)
             count += copies
-    return np.isin(questions, np.array(held, dtype=questions.dtype))
+    return keep, keep & np.isin(question, np.array(held, dtype=np.int64))
 
 def _write_split(parts, keep, valid, folder):
     "Write the kept lines of the files in `parts` to train.jsonl and valid.jsonl."
     chosen = zip(keep.tolist(), valid.tolist())
-    with (folder/'train.jsonl').open('wb') as train, (folder/'valid.jsonl').open('wb') as held:
+    names = folder/'train.jsonl', folder/'valid.jsonl'
+    with names[0].open('wb') as train, names[1].open('wb') as held:
         for part in sorted(parts.iterdir()):
             with part.open('rb') as lines:
                 for line, (is_kept, is_held) in zip(lines, chosen):
                     if is_kept: (held if is_held else train).write(line)
 
-# %% ../nbs/large.ipynb #45b70e0b
-def prepare_large(
-    source: Path,            # a .jsonl file
-    folder: Path,            # gets train.jsonl, valid.jsonl, audit.json
-    recipe: Recipe,          # drop, normalize, valid_rows, seed
-    processes: int = 2,
-) -> dict:                   # counts: rows, kept, reported, train, valid
-    "Do what `prepare` does in bounded memory, with `DETECTORS` and `exact_duplicate`."
-    import numpy as np
-    _check_drop(recipe.drop)
-    with tempfile.TemporaryDirectory(dir=folder) as parts:
-        faults, numbers = zip(*_scan_parts(Path(source), Path(parts), recipe, processes))
-        changed, bits, copy, question = np.concatenate(numbers).T
-        good, repeat = copy != 0, copy != 0
-        repeat[np.unique(copy, return_index=True)[1]] = False       # the first is no repeat
-        flags = {name: np.flatnonzero(bits >> i & 1) for i, name in enumerate(DETECTORS)}
-        flags['exact_duplicate'] = np.flatnonzero(repeat)
-        keep, valid = good.copy(), np.zeros(len(good), bool)
-        for name in recipe.drop: keep[flags[name]] = False
-        valid[keep] = _hold_out(question[keep], recipe.valid_rows)
-        _write_split(Path(parts), keep[good], valid[good], folder)
-    counts = dict(rows=len(good), kept=int(keep.sum()), reported=int((~keep).sum()))
-    write_json(counts | dict(
-        normalized=int(changed.sum()),
-        faults=dict(count=int((~good).sum()), first=_first_faults(faults, map(len, numbers))),
-        dropped=np.flatnonzero(good & ~keep).tolist(),
-        flags={name: dict(count=len(i), rows=i.tolist()) for name, i in flags.items()}),
-        folder/'audit.json')
-    return counts | dict(train=int((keep & ~valid).sum()), valid=int(valid.sum()))
-
+# %% ../nbs/large.ipynb #c8398469
 def _check_drop(drop):
     "Refuse to drop by a detector that needs all rows in memory."
     names = (*DETECTORS, 'exact_duplicate')
     for name in drop:
         if name not in names:
-            raise ValueError(f'drop names {name!r}, which needs all rows in memory; of a large '
-                             f'source, drop {", ".join(names)}')
+            raise ValueError(f'drop names {name!r}, which needs all rows in memory; of '
+                             f'a large source, drop {", ".join(names)}')
 
-def _first_faults(faults, sizes):
-    "Number the faults of all parts from the start of the file, and keep the first twenty."
-    starts = accumulate(sizes, initial=0)
-    return [dict(row=start + i, problem=text) for start, found in zip(starts, faults)
-            for i, text in found.items()][:20]
+def _flag_rows(bits, copy):
+    "Say for each flag which rows have it; rows with the same `copy` are the same."
+    import numpy as np
+    flags = {name: bits >> i & 1 == 1 for i, name in enumerate(DETECTORS)}
+    repeat = copy != 0
+    repeat[np.unique(copy, return_index=True)[1]] = False   # the first is no repeat
+    return flags | dict(exact_duplicate=repeat)
+
+def _first_faults(scans):
+    "Number the faults of all parts from the start of the file, and keep twenty."
+    starts = accumulate((len(numbers) for _, numbers in scans), initial=0)
+    return [dict(row=start + i, problem=text)
+            for start, (faults, _) in zip(starts, scans)
+            for i, text in faults.items()][:20]
+
+# %% ../nbs/large.ipynb #68398661
+def prepare_large(
+    source: Path,        # a .jsonl file
+    folder: Path,        # gets train.jsonl, valid.jsonl, audit.json
+    recipe: Recipe,      # drop, normalize, valid_rows, seed
+    processes: int = 2,
+) -> dict:               # counts: rows, kept, reported, train, valid
+    "Do what `prepare` does in bounded memory, with `DETECTORS` and `exact_duplicate`."
+    import numpy as np
+    _check_drop(recipe.drop)
+    with tempfile.TemporaryDirectory(dir=folder) as parts:
+        scans = _scan_parts(Path(source), Path(parts), recipe, processes)
+        table = np.concatenate([numbers for _, numbers in scans])
+        changed, bits, copy, question = table.T
+        good, flags = copy != 0, _flag_rows(bits, copy)
+        keep, valid = _split(good, flags, question, recipe)
+        _write_split(Path(parts), keep[good], valid[good], folder)
+    counts = dict(rows=len(good), kept=int(keep.sum()), reported=int((~keep).sum()))
+    found = {name: np.flatnonzero(mark).tolist() for name, mark in flags.items()}
+    write_json(counts | dict(
+        normalized=int(changed.sum()), dropped=np.flatnonzero(good & ~keep).tolist(),
+        faults=dict(count=int((~good).sum()), first=_first_faults(scans)),
+        flags={name: dict(count=len(rows), rows=rows) for name, rows in found.items()}),
+        folder/'audit.json')
+    return counts | dict(train=int((keep & ~valid).sum()), valid=int(valid.sum()))

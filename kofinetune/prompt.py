@@ -14,12 +14,13 @@ STYLES = ('alpaca', 'blog')
 
 def format_prompt(
     row: dict,              # instruction and input
-    style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': only if there is one
+    style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': where needed
 ) -> str:                   # what the model sees; the answer starts right behind it
     "Write `row` as the text that the model has to continue."
     if style not in STYLES:
         raise ValueError(f'style is {style!r}; it is one of {", ".join(STYLES)}')
-    text, given = INSTRUCTION_HEAD + row['instruction'] + SECTION_GAP, row.get('input', '')
+    given = row.get('input', '')
+    text = INSTRUCTION_HEAD + row['instruction'] + SECTION_GAP
     if given or style == 'blog': text += INPUT_HEAD + given + SECTION_GAP
     return text + RESPONSE_HEAD
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from .formats import read_text
 
 # %% ../nbs/recipe.ipynb #851ae96e
-_LORA = dict(    # options of peft's LoraConfig, unless the recipe's `lora` says otherwise
+_LORA = dict(    # for peft's LoraConfig, unless the recipe's `lora` says otherwise
     lora_alpha=32, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj',
                                    'up_proj', 'down_proj'])
-TRAINER = dict(  # options of TRL's SFTConfig, unless the recipe's `trainer` says otherwise
+TRAINER = dict(  # for TRL's SFTConfig, unless the recipe's `trainer` says otherwise
     lr_scheduler_type='cosine', warmup_steps=0.03, weight_decay=0.0,
     optim='adamw_torch_fused', activation_checkpointing=False)
 
@@ -27,37 +27,37 @@ class Recipe:
     "Everything that decides a run. A field's comment is its documentation."
     # what people change first
     name: str = 'rehearsal'      # of the run; the default run folder is runs/<name>
-    base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a Hub name, rehearsal
+    base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a Hub name
     source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file
-    style: str = 'alpaca'        # blog: always an Input section; alpaca: only if there is one
+    style: str = 'alpaca'        # blog: always an Input section; alpaca: where needed
     rows: int = 0                # take the first so many rows; 0 takes all
     valid_rows: int = 250        # rows held out of training
     epochs: float = 3.0          # passes over the training rows
     learning_rate: float = 2e-4  # the highest learning rate
     lora_r: int = 16             # rank of the adapter's two matrices
-    max_length: int = 512        # tokens in a sequence; longer rows are left out (blog: cut)
+    max_length: int = 512        # tokens in a sequence; longer rows are left out
     batch_size: int = 4          # sequences a device works on at once
-    gguf: tuple[str, ...] = ('bf16', 'q8_0')  # the files to write; Ollama serves the last
+    gguf: tuple[str, ...] = ('bf16', 'q8_0')  # files to write; Ollama serves the last
     ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
     # data
-    drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # audit flags whose rows go
-    normalize: bool = True       # compose Hangul to NFC, strip white space around each text
-    seed: int = 42               # decides split, order of rows, the adapter's first weights
+    drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags whose rows go
+    normalize: bool = True       # compose Hangul to NFC, strip the space around a text
+    seed: int = 42               # decides the split, the order, the first weights
     # train
-    revision: str = ''           # the Hub revision (a commit) of base; empty for a folder
+    revision: str = ''           # the Hub commit of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
-    dequantize: bool = True      # unpack an nf4 base once, not at each use: same numbers
-    adapter: str = 'lora'        # lora: an adapter; none: all weights (needs quant none)
-    lora: dict = field(default_factory=dict)     # options of LoraConfig; lora_alpha is 32
-    trainer: dict = field(default_factory=dict)  # options of SFTConfig, such as warmup_steps
-    loss: str = 'answer'         # answer: of answer and terminator; whole: of the prompt too
-    packing: bool = True         # several rows in one sequence, without seeing each other
-    grad_accum: int = 4          # batches added up for one optimizer step, over all devices
-    save_steps: float = 0.1      # steps between checkpoints; below 1, a share of all steps
-    early_stopping_patience: int = 0  # stop after so many evaluations without a better one
+    dequantize: bool = True      # unpack an nf4 base once: faster, same numbers
+    adapter: str = 'lora'        # lora, or none: train all weights (needs quant none)
+    lora: dict = field(default_factory=dict)     # for LoraConfig; lora_alpha is 32
+    trainer: dict = field(default_factory=dict)  # for SFTConfig, as warmup_steps
+    loss: str = 'answer'         # answer: answer and terminator; whole: the prompt too
+    packing: bool = True         # several rows in a sequence, not seeing each other
+    grad_accum: int = 4          # batches added up for one step, over all devices
+    save_steps: float = 0.1      # steps between checkpoints; below 1: a share of all
+    early_stopping_patience: int = 0  # evaluations to wait for a better one; 0: no end
     dtype: str = 'auto'          # bf16 or fp32; auto: bf16 where that is faster
     # merge
-    merge: str = 'auto'          # base that takes the adapter: 16-bit, nf4, or auto: the better
+    merge: str = 'auto'          # base for the adapter: 16-bit, nf4, auto: the better
     # export
     max_new_tokens: int = 256    # the longest answer, in tokens
     temperature: float = 0.0     # 0: always the likeliest token
@@ -66,7 +66,7 @@ class Recipe:
     eval_rows: int = 0           # held-out rows to evaluate on; 0 takes all
     answer_rows: int = 100       # of those, drawn rows that every model answers; 0: all
     # watching
-    report_to: str = 'none'      # where losses go too: none, tensorboard, trackio or wandb
+    report_to: str = 'none'      # none, tensorboard, trackio or wandb: gets losses
 
     def __post_init__(self): _check_recipe(self)
 
@@ -76,8 +76,9 @@ class Recipe:
     ) -> 'Recipe':
         "Get a preset."
         if name not in [*PRESETS]:
-            raise ValueError(f'there is no recipe {name!r}{nearest(name, PRESETS)}; there are '
-                             f'{", ".join(PRESETS)}, and files that end in .toml or .json')
+            raise ValueError(
+                f'there is no recipe {name!r}{nearest(name, PRESETS)}; there are '
+                f'{", ".join(PRESETS)}, and files that end in .toml or .json')
         return _make_recipe(PRESETS[name])
 
     @staticmethod
@@ -92,7 +93,7 @@ class Recipe:
         return _make_recipe(_changed(asdict(self), changes))
 
     def lora_options(self) -> dict:
-        "Say what peft's LoraConfig is given: the defaults, the rank, the recipe's options."
+        "Say what peft's LoraConfig is given: defaults, rank, the recipe's options."
         return _LORA | dict(r=self.lora_r) | self.lora
 
 # %% ../nbs/recipe.ipynb #645c5cad
@@ -104,69 +105,64 @@ _LEAST = dict(
     rows=0, valid_rows=0, seed=0, lora_r=1, max_length=8, batch_size=1, grad_accum=1,
     max_new_tokens=1, num_ctx=64, eval_rows=0, answer_rows=0, temperature=0,
     early_stopping_patience=0)
-_FILE_TYPES = ('bf16', 'f16', 'q8_0')
 
 def _check_recipe(r):
-    "Check the types and ranges of `r`, each field by itself and then together."
-    for f in fields(r): _check_type(f.name, getattr(r, f.name), f.type)
-    for name, allowed in _CHOICES.items():
-        value = getattr(r, name)
-        if value not in allowed:
-            raise ValueError(f'{name} is {value!r}; it is one of {", ".join(allowed)}')
-    for name, least in _LEAST.items():
-        value = getattr(r, name)
-        if value < least: raise ValueError(f'{name} is {value}; it must be {least} or more')
-    for name in ('epochs', 'learning_rate', 'save_steps'):
-        value = getattr(r, name)
-        if not 0 < value < 1e4: raise ValueError(f'{name} is {value}; it must be more than 0')
-    for is_wrong, why in _together(r):
-        if is_wrong: raise ValueError(why)
+    "Raise ValueError with the first thing that is wrong with `r`."
+    for f in fields(r):
+        kind = f.type if isinstance(f.type, type) else tuple
+        faults = _field_faults(f.name, getattr(r, f.name), kind)
+        for why in faults: raise ValueError(why)
+    for why in _joint_faults(r): raise ValueError(why)
 
-def _check_type(name, value, kind):
-    "Check that the value of a field is of its type, and its numbers are finite."
-    kind = kind if isinstance(kind, type) else tuple
-    ok = isinstance(value, (int, float) if kind is float else kind)
-    if not ok or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f'{name} is {value!r}; it must be {kind.__name__}')
-    if kind is int and value >= 1 << 32:
-        raise ValueError(f'{name} is {value}; it must be less than {1 << 32}')
+def _field_faults(name, value, kind):
+    "Yield what is wrong with the value of one field."
+    right = isinstance(value, (int, float) if kind is float else kind)
+    if not right or isinstance(value, bool) != (kind is bool):
+        yield f'{name} is {value!r}; it must be {kind.__name__}'
+    held = {f'{name}.{key}': v for key, v in value.items()} if kind is dict else {}
+    for where, number in ((name, value), *held.items()):
+        if isinstance(number, float) and not math.isfinite(number):
+            yield f'{where} is {number}; it must be a finite number'
     for item in value if kind is tuple else ():
         if not isinstance(item, str):
-            raise ValueError(f'{name} holds {item!r}; all that it holds must be text')
-    held = {f'{name}.{option}': v for option, v in value.items()} if kind is dict else {name: value}
-    for where, number in held.items():
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f'{where} is {number}; it must be a finite number')
+            yield f'{name} holds {item!r}; all that it holds must be text'
+    if kind is int and value >= 1 << 32:
+        yield f'{name} is {value}; it must be less than {1 << 32}'
+    if name in _CHOICES and value not in _CHOICES[name]:
+        yield f'{name} is {value!r}; it is one of {", ".join(_CHOICES[name])}'
+    if name in _LEAST and value < _LEAST[name]:
+        yield f'{name} is {value}; it must be {_LEAST[name]} or more'
+    if name in ('epochs', 'learning_rate', 'save_steps') and not 0 < value < 1e4:
+        yield f'{name} is {value}; it must be more than 0, and less than 10,000'
 
 # %% ../nbs/recipe.ipynb #ca94d69a
-def _together(r):
-    "List (is it wrong?, why) of what must fit together in `r`."
-    wrong_type = next((t for t in r.gguf or ('nothing',) if t not in _FILE_TYPES), None)
-    option = next(iter(r.lora), None)
-    return (
-        (not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name),
-         f'name is {r.name!r}; it is no path: a letter or digit first, then letters, digits, '
-         'spaces and _ . + = , @ -; where the run goes is said with --run'),
-        (r.adapter == 'none' and r.quant != 'none',
-         f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be trained; "
-         'set quant=none'),
-        (r.adapter == 'none' and option,
-         f"lora.{option} is {r.lora.get(option)!r} and adapter is 'none': it is an option of "
-         'the adapter; set adapter=lora'),
-        ('r' in r.lora, f'lora.r is {r.lora.get("r")!r}; the rank is lora_r'),
-        (r.save_steps > 1 and r.save_steps != int(r.save_steps),
-         f'save_steps is {r.save_steps}; it is a whole number of steps, or a share of all '
-         'steps below 1'),
-        (r.early_stopping_patience and not r.valid_rows,
-         f'early_stopping_patience is {r.early_stopping_patience} and valid_rows 0: without '
-         'held-out rows nothing says when to stop; set valid_rows'),
-        (wrong_type, f'gguf names {wrong_type!r}; the types are {", ".join(_FILE_TYPES)}'),
-        (r.max_new_tokens >= r.num_ctx,
-         f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room is left for '
-         'a prompt'))
+def _joint_faults(r):
+    "Yield what does not fit together in `r`."
+    if not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name):
+        yield (f'name is {r.name!r}; it is no path: a letter or digit first, then '
+               'letters, digits, spaces, _.+=,@-; --run says where the run goes')
+    if r.adapter == 'none' and r.quant != 'none':
+        yield (f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be "
+               'trained; set quant=none')
+    for option, value in r.lora.items():
+        if option == 'r': yield f'lora.r is {value!r}; the rank is lora_r'
+        if r.adapter == 'none':
+            yield f"lora.{option} is {value!r} and adapter is 'none'; set adapter=lora"
+    if r.save_steps > 1 and r.save_steps != int(r.save_steps):
+        yield f'save_steps is {r.save_steps}; above 1 it is a whole number of steps'
+    if r.early_stopping_patience and not r.valid_rows:
+        yield (f'early_stopping_patience is {r.early_stopping_patience} and valid_rows '
+               '0: nothing says when to stop; set valid_rows')
+    for kind in r.gguf or ('nothing',):
+        if kind not in ('bf16', 'f16', 'q8_0'):
+            yield f'gguf names {kind!r}; the types are bf16, f16, q8_0'
+    if r.max_new_tokens >= r.num_ctx:
+        yield (f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room '
+               'is left for a prompt')
 
 # %% ../nbs/recipe.ipynb #f853d522
-PRESETS = tomllib.loads((files('kofinetune')/'assets'/'presets.toml').read_text('utf-8'))
+_presets = files('kofinetune')/'assets'/'presets.toml'
+PRESETS = tomllib.loads(_presets.read_text(encoding='utf-8'))
 GEMMA = {name: PRESETS['best'][name] for name in ('base', 'revision')}
 
 def nearest(
@@ -177,6 +173,7 @@ def nearest(
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f' (do you mean {near[0]}?)' if near else ''
 
+# %% ../nbs/recipe.ipynb #01592cfe
 def _make_recipe(values):
     "Make a recipe of a dict, with lists as tuples, naming a field that does not exist."
     known = [f.name for f in fields(Recipe)]
@@ -188,8 +185,9 @@ def _make_recipe(values):
                      for name, value in values.items()})
 
 def _changed(values, changes):
-    "Change fields: options add up; another base has no revision yet, no adapter no options."
-    if changes.get('base', values.get('base')) != values.get('base'): values['revision'] = ''
+    "Change fields; options add up, and some changes reset another field."
+    if changes.get('base', values.get('base')) != values.get('base'):
+        values['revision'] = ''      # it was of the other base
     if changes.get('adapter') == 'none': values['lora'] = {}
     for name in ('lora', 'trainer'):
         if isinstance(changes.get(name), dict):
@@ -206,8 +204,8 @@ def _no_key_twice(pairs):
 def _load_recipe(path):
     "Read TOML or JSON and make a recipe of it."
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is not a file; give a recipe name or a .toml or '
-                                '.json file')
+        raise FileNotFoundError(f'{path} is not a file; give a recipe name or a .toml '
+                                'or .json file')
     text = read_text(path)
     try: values = (tomllib.loads(text) if path.suffix == '.toml' else
                    json.loads(text, object_pairs_hook=_no_key_twice))
