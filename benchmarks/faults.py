@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
-from kofinetune import base, cli, data, large, runs
+from kofinetune import base, cli, data, runs
 from kofinetune.base import packaged_files
 from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write_jsonl
 from kofinetune.data import load_rows
@@ -380,10 +380,10 @@ def can_mount(scratch):
 
 
 def large_source(bench, chance, times):
-    "Rows prepared on disk, by two worker processes that outlive a killed parent for a moment."
+    "Rows prepared on disk, line by line."
     source = write_jsonl(load_rows('rehearsal') * 3, bench.work/'large.jsonl')
     args = ['data', '--run', 'run', '--recipe', 'rehearsal', '--set', f'source={source}', '--set', 'valid_rows=8']
-    before = [patched(data, _LARGE=0), patched(large, _PART=1 << 16)]
+    before = [patched(data, _LARGE=0)]
     reference = bench.work/'large'
     job = Job(bench, ['data', '--run', 'large', *args[3:]], before)
     if job.wait(): raise SystemExit(job.text)

@@ -35,13 +35,17 @@ _ODD = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]')
 _STRANGE = re.compile(f'{_SURROGATE.pattern}|{_ODD.pattern}')
 _Fault = namedtuple('_Fault', 'field kind text')   # text: what follows 'line 3'
 
-# %% ../nbs/formats.ipynb #3388c812
+# %% ../nbs/formats.ipynb #c0ee63f6
 def check_row(
     row,     # anything that a file may hold
 ) -> tuple:  # the row or None; its faults (field, kind, text); its notes (field, text)
     "Check that `row` can be used. A missing `input` is empty; other keys are left out."
     if _is_plain(row): return row, (), ()
-    faults = [row] if isinstance(row, _Fault) else _faults(row)
+    if isinstance(row, _Fault): faults = [row]
+    elif not isinstance(row, dict):
+        text = f' is {type(row).__name__}, not an object with instruction and output'
+        faults = [_Fault('', 'not an object', text)]
+    else: faults = [fault for name in FIELDS if (fault := _fault(row, name))]
     if faults: return None, faults, ()
     used = {'input': ''} | row
     return {name: used[name] for name in FIELDS if name in used}, (), _notes(row)
@@ -54,13 +58,7 @@ def _is_plain(row):
     return (len(text) < _LONG and bool(row['instruction'].strip())
             and not _STRANGE.search(text) and unicodedata.is_normalized('NFC', text))
 
-# %% ../nbs/formats.ipynb #f96699a5
-def _faults(row):
-    "List why `row` cannot be used."
-    if isinstance(row, dict): return [f for name in FIELDS if (f := _fault(row, name))]
-    text = f' is {type(row).__name__}, not an object with instruction and output'
-    return [_Fault('', 'not an object', text)]
-
+# %% ../nbs/formats.ipynb #6f5086c1
 def _fault(row, name):
     "Say why the field `name` of `row` cannot be used; None where it can."
     value = row.get(name, '')

@@ -12,9 +12,7 @@ import re
 # %% ../nbs/korean.ipynb #58ce178a
 _HANGUL = re.compile('[가-힣ㄱ-ㆎ\u1100-\u11ff]')   # syllables and letters
 
-def has_hangul(
-    text: str,
-) -> bool:
+def has_hangul(text: str) -> bool:
     "Say whether `text` has a Hangul syllable or letter."
     return bool(_HANGUL.search(text))
 
@@ -106,9 +104,7 @@ _ASKS_FOREIGN = re.compile(
     r'|알파벳|문자|단어|약어|어근|웹|사이트|제목|책|노래|가사|영화|기사|리소스|니모닉|농담|[A-Za-z]{3,}')
 _CODE = re.compile(r'[{};]|==|->|<\w|\w\(\)|\bdef |\w=\w|\w\.js\b')
 
-def code_switching(
-    row: dict,
-) -> bool:
+def code_switching(row: dict) -> bool:
     "Find a Korean answer that slips into another language without being asked to."
     asked, answer = row['instruction'] + row['input'], row['output']
     if not _FOREIGN.search(answer) or not has_hangul(answer): return False

@@ -4,7 +4,6 @@ import json, random, unicodedata
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kofinetune import large
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, write_jsonl
 from kofinetune.audit import DETECTORS, FILE_DETECTORS, astray_batches, audit, similar_pairs
@@ -242,17 +241,7 @@ def test_any_bytes_end_in_a_report_or_one_line(body, suffix, tmp_path):
 
 # ---- more rows than memory
 
-@relaxed
-@given(body=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b'\n', b' ')), max_size=20).map(b'\n'.join), size=st.integers(1, 60))
-def test_parts_are_the_file_and_end_where_lines_end(body, size, tmp_path, monkeypatch):
-    monkeypatch.setattr(large, '_PART', size)
-    (tmp_path/'a.jsonl').write_bytes(body)
-    parts = [body[a:b] for a, b in large._parts(tmp_path/'a.jsonl')]
-    assert b''.join(parts) == body and all(part.endswith(b'\n') for part in parts[:-1])
-
-
-def test_large_and_small_ways_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr(large, '_PART', 2000)
+def test_large_and_small_ways_agree(tmp_path):
     draw, rows = random.Random(0), []
     for i in range(300):
         again = rows and draw.random() < .1
@@ -261,8 +250,8 @@ def test_large_and_small_ways_agree(tmp_path, monkeypatch):
     write_jsonl(rows, tmp_path/'a.jsonl')
     recipe = Recipe(source=str(tmp_path/'a.jsonl'), valid_rows=40, drop=('exact_duplicate', 'placeholder_input'))
     (tmp_path/'large').mkdir()
-    big, small = prepare_large(tmp_path/'a.jsonl', tmp_path/'large', recipe), prepare(recipe, tmp_path/'small')
-    assert big == {name: small[name] for name in big}
+    large, small = prepare_large(tmp_path/'a.jsonl', tmp_path/'large', recipe), prepare(recipe, tmp_path/'small')
+    assert large == {name: small[name] for name in large}
     for name in ('train.jsonl', 'valid.jsonl'):
         assert (tmp_path/'large'/name).read_bytes() == (tmp_path/'small'/'data'/name).read_bytes()
     reports = [json.loads((folder/'audit.json').read_text(encoding='utf-8')) for folder in (tmp_path/'large', tmp_path/'small'/'data')]
