@@ -78,7 +78,7 @@ def _fault(row, name):
     else: return None
     return _Fault(name, kind, text)
 
-# %% ../nbs/formats.ipynb #39ab2d6d
+# %% ../nbs/formats.ipynb #e2f03c8b
 def _notes(row):
     "List what is odd about a row without faults."
     notes = [] if 'input' in row else [('input', 'is missing, taken as empty')]
@@ -91,7 +91,8 @@ def _notes(row):
         if not unicodedata.is_normalized('NFC', text):
             notes.append((name, 'is not NFC (letters in pieces)'))
         for c in sorted(set(_ODD.findall(text))):
-            what = 'a control character' if c < '\x80' else 'a trace of wrong decoding'
+            what = 'a control character'
+            if c == '\ufffd': what = 'the trace of a wrong decoding'
             notes.append((name, f'has U+{ord(c):04X}, {what}'))
     return notes
 
