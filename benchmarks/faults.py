@@ -379,11 +379,10 @@ def can_mount(scratch):
 
 
 def large_source(bench, chance, times):
-    "Rows prepared on disk, by two worker processes that outlive a killed parent for a moment."
+    "Rows prepared on disk, line by line."
     source = write_jsonl(load_rows('rehearsal') * 3, bench.work/'large.jsonl')
     args = ['data', '--run', 'run', '--recipe', 'rehearsal', '--set', f'source={source}', '--set', 'valid_rows=8']
-    parts = data.file_parts
-    before = [patched(data, LARGE=0, file_parts=lambda path: parts(path, 1 << 16))]
+    before = [patched(data, _LARGE=0)]
     reference = bench.work/'large'
     job = Job(bench, ['data', '--run', 'large', *args[3:]], before)
     if job.wait(): raise SystemExit(job.text)
@@ -428,7 +427,7 @@ def downloads(bench, chance):
     Server.body = write_jsonl(load_rows('rehearsal')[:80], bench.work/'remote.jsonl').read_bytes()
     server = Quiet(('127.0.0.1', 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(Server.body), licence='')}
+    source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(bench.work/'remote.jsonl'), licence='')}
     import pooch.downloaders
     cache = bench.scratch/'cache'
     def before():
