@@ -95,8 +95,8 @@ def _batches(model, tok, prompts, what, size=25):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in progress(range(0, len(order), size), what):
         chosen = order[start:start + size]
-        batch = tok([prompts[i] for i in chosen], return_tensors='pt', padding=True)
-        batch = {key: batch[key] for key in ('input_ids', 'attention_mask')}
+        batch = tok([prompts[i] for i in chosen], return_tensors='pt', padding=True,
+                    return_token_type_ids=False)
         yield chosen, batch, _next_logp(model, **batch)
 
 def _ends(tok):
