@@ -130,6 +130,7 @@ def export_ollama(
     return result
 
 def _stop_at(failed):
+    "Raise a RuntimeError with what failed, if anything did."
     if failed: raise RuntimeError('; '.join(failed))
 
 def _short(name): return name.removesuffix(':latest')

@@ -106,7 +106,7 @@ def _ends(tok):
 
 # %% ../nbs/proof.ipynb #2172655f
 def _own_rounding(model_dir, prompts, reference, dtype):
-    "Nats by which one of five best tokens moves when transformers itself rounds."
+    "Measure how many nats the five best tokens move when transformers itself rounds."
     import torch
     most = 0.
     with _loaded(model_dir) as (model, tok):
@@ -169,7 +169,7 @@ def _ask_llama_cpp(server, tok, prompt, wanted, reference):
     seen['answer'] = [*answer, ends[0]]
     numbers = said.get('completion_probabilities')
     if not numbers or [numbers[0]['id']] != said['tokens'][:1]:
-        # it keeps a part of a letter back: force <eos>, where the numbers are the same
+        # a part of a letter is held back: force <eos>, which leaves the numbers alone
         said = ask('/completion', **request, logit_bias=[[ends[0], 1000]])
         numbers = said['completion_probabilities']
     seen['gaps'] = [abs(reference['logp'][t['id']] - t['logprob'])
@@ -178,11 +178,11 @@ def _ask_llama_cpp(server, tok, prompt, wanted, reference):
 
 # %% ../nbs/proof.ipynb #2e02b563
 def _limit(dtype, own):
-    "Nats that a file may be off: .02, .1 for Q8_0, or twice what rounding costs."
+    "Nats that a file may be off: .02 (Q8_0: .1), or twice what rounding alone costs."
     return max(.1 if dtype == 'q8_0' else .02, 2 * own)
 
 def _proof(model_dir, prompts, seen, reference, dtype, own):
-    "Count what was compared and what differed; an answer that parts at a tie is a tie."
+    "Count what was compared, what differs, and which answers part only at a tie."
     wrong = [prompt for prompt, s in zip(prompts, seen) if not s['ok']]
     gaps = [float(gap) for s in seen for gap in s['gaps']]
     if own is None: own = _own_rounding(model_dir, prompts, reference, dtype)
@@ -204,7 +204,7 @@ def _proof(model_dir, prompts, seen, reference, dtype, own):
 
 # %% ../nbs/proof.ipynb #d900039a
 def _margins(model_dir, seen, reference):
-    "Where answers part: how much likelier transformers' token was; None: than what?"
+    "Nats by which transformers preferred its token where answers part; None: unknown."
     import torch
     parted = []
     for s, r in zip(seen, reference):
@@ -331,7 +331,7 @@ def _spelled(piece):
     return piece.replace('▁', ' ').encode()
 
 def _pieces(tok):
-    "Map bytes to the ids of the pieces that print them: a whole letter, then a byte."
+    "Map bytes to the ids that print them: first a letter's own piece, then a byte's."
     texts, made = tok.convert_ids_to_tokens(range(len(tok))), {}
     for i in sorted(range(len(texts)), key=lambda i: texts[i].startswith('<0x')):
         made.setdefault(_spelled(texts[i]), []).append(i)
