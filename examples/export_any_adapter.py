@@ -15,7 +15,7 @@ import torch
 
 from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
-from kofinetune.data import read_rows
+from kofinetune import read_rows
 from kofinetune.gguffile import check_gguf, write_gguf
 from kofinetune.proof import proof_failures, reference_answers, verify_gguf
 from kofinetune.export import modelfile
