@@ -52,7 +52,7 @@ def show_mask(
         colour = 'color:#424242;background:#eeeeee'
         if label != -100: colour = 'color:#1b5e20;background:#c8e6c9'
         spans.append(f'<span style="{colour};padding:1px 2px;margin:1px;'
-                     f'border-radius:3px;white-space:pre">{text}</span>')
+                     f'border-radius:3px;white-space:pre-wrap">{text}</span>')
     style = 'font-family:monospace;line-height:1.7'
     return HTML(f'<div style="{style}">{"".join(spans)}</div>')
 
@@ -160,20 +160,18 @@ def _often(recipe, steps):
     if recipe.save_steps >= 1: return int(recipe.save_steps)
     return math.ceil(steps * recipe.save_steps)
 
-# %% ../nbs/01_qlora_train.ipynb #d945886d
+# %% ../nbs/01_qlora_train.ipynb #e115016b
 _FORWARD = .2   # of the tokens trained on; evaluating one takes half the time at most
 
 def _drawn(held_out, dataset, steps, recipe):
     "Draw the rows that each evaluation takes: all together take a tenth of the time."
     def tokens(rows): return sum(map(len, rows['input_ids']))
     if not len(held_out) or recipe.save_steps >= 1: return held_out
-    evaluations = math.ceil(steps / _often(recipe, steps))
-    read = evaluations * tokens(held_out)
-    share = _FORWARD * tokens(dataset) * recipe.epochs / read
-    if share >= 1: return held_out
-    size = max(1, int(share * len(held_out)))
-    return held_out.select(
-        sorted(random.Random(recipe.seed).sample(range(len(held_out)), size)))
+    read = math.ceil(steps / _often(recipe, steps)) * tokens(held_out)
+    size = int(_FORWARD * tokens(dataset) * recipe.epochs / read * len(held_out))
+    if size >= len(held_out): return held_out
+    chance = random.Random(recipe.seed)
+    return held_out.select(sorted(chance.sample(range(len(held_out)), max(1, size))))
 
 # %% ../nbs/01_qlora_train.ipynb #8473db1e
 def make_trainer(
@@ -230,16 +228,18 @@ def check_options(
         raise ValueError(f'report_to is {recipe.report_to!r}, which is not installed; '
                          f'pip install {recipe.report_to}')
 
-# %% ../nbs/01_qlora_train.ipynb #be87f434
+# %% ../nbs/01_qlora_train.ipynb #5da46d87
 def _set_up(recipe, run, folder, **more):
-    "Load model and rows: the trainer, its encoded rows, the number of rows left out."
+    "Load model and rows: the trainer, its encoded rows, and what to report of them."
     data = need(run, 'data')
     model, tok = load_base(recipe)
     if recipe.adapter == 'lora': model = add_lora(model, recipe)
     dataset, left_out = encode_rows(read_jsonl(data/'train.jsonl'), tok, recipe)
     held_out, _ = encode_rows(read_jsonl(data/'valid.jsonl'), tok, recipe)
     trainer = make_trainer(model, tok, dataset, held_out, recipe, folder, **more)
-    return trainer, dataset, left_out
+    trainable = trainer.model.num_parameters(only_trainable=True)
+    return trainer, dataset, dict(
+        trainable_parameters=trainable, left_out=left_out, dtype=recipe.dtype)
 
 _ENOUGH = 15   # seconds of timing
 
@@ -262,15 +262,14 @@ def _peak():
 def estimate(
     recipe: Recipe,   # what would be trained
     run: Path,        # a run whose data stage is done
-) -> dict:            # what `count_steps` says; left_out, seconds, memory_bytes, ...
+) -> dict:            # what `count_steps` says, left_out, seconds, memory_bytes...
     "Say what `finetune` would cost here: by arithmetic, and by timing micro-batches."
     chosen = settle_dtype(recipe, run).replace(report_to='none')
     with tempfile.TemporaryDirectory() as folder, quiet(run, 'adapter'):
-        trainer, dataset, left_out = _set_up(
+        trainer, dataset, about = _set_up(
             chosen, run, Path(folder)/'checkpoints', max_steps=CALIBRATION,
             gradient_accumulation_steps=1, eval_strategy='no', save_strategy='no',
             load_best_model_at_end=False)
-        trainable = trainer.model.num_parameters(only_trainable=True)
         trainer.keeper.limit = _ENOUGH
         trainer.train()
         pause = _evaluation_seconds(trainer)
@@ -278,9 +277,7 @@ def estimate(
     batches = counts['steps'] * share_batches(chosen, world_size())
     saves = math.ceil(counts['steps'] / _often(chosen, counts['steps']))
     seconds = predict_seconds(trainer.keeper.marks, pause, batches, saves)
-    return counts | dict(left_out=left_out, trainable_parameters=trainable,
-                         dtype=chosen.dtype, seconds=round(seconds, 1),
-                         memory_bytes=_peak())
+    return counts | about | dict(seconds=round(seconds, 1), memory_bytes=_peak())
 
 # %% ../nbs/01_qlora_train.ipynb #ed864293
 def _metrics(metrics, log, dataset):
@@ -321,16 +318,14 @@ def finetune(
             checkpoint = open_checkpoints(checkpoints, inputs)
         if world_size() > 1:
             checkpoint, chosen = broadcast(news=(checkpoint, chosen))[1]
-        trainer, dataset, left_out = _set_up(chosen, run, checkpoints)
-        trainable = trainer.model.num_parameters(only_trainable=True)
+        trainer, dataset, about = _set_up(chosen, run, checkpoints)
         log, metrics = train_on(trainer, checkpoint)
         save_trained(trainer, folder)
         trainer.accelerator.wait_for_everyone()   # as checkpoints are removed below
         if rank(): return {}
         if recipe.adapter == 'lora': _name_base(folder, recipe)
         write_jsonl(log, folder/'log.jsonl')
-        metrics = _metrics(metrics, log, dataset) | dict(
-            trainable_parameters=trainable, left_out=left_out, dtype=chosen.dtype)
+        metrics = _metrics(metrics, log, dataset) | about
         write_json(metrics, folder/'metrics.json')
         return metrics
     return stage_together(recipe, run, make, force)
