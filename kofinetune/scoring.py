@@ -72,7 +72,7 @@ def fuse_head(
         return FusedCausalLMOutput(label_mask=mask, **dict(zip(names, placed)))
     model.forward = forward
 
-# %% ../nbs/scoring.ipynb #0ae671ad
+# %% ../nbs/scoring.ipynb #274a8e9e
 def generate(
     model, tok,                # any causal model of transformers, and its tokenizer
     rows: list[dict],          # instruction and input
@@ -88,7 +88,8 @@ def generate(
     answers = [None] * len(rows)
     for start in progress(range(0, len(order), batch_size), what):
         chosen = order[start:start + batch_size]
-        batch = _pad([prompts[i] for i in chosen], tok, model, 'left')
+        ids = dict(input_ids=[prompts[i] for i in chosen])
+        batch = tok.pad(ids, padding_side='left', return_tensors='pt').to(model.device)
         with torch.inference_mode():
             made = model.generate(**batch, max_new_tokens=max_new_tokens,
                                   do_sample=False, pad_token_id=tok.pad_token_id)
@@ -98,12 +99,18 @@ def generate(
                               stopped=end is not None)
     return answers
 
-def _pad(rows, tok, model, side):
-    "Stack token ids of different lengths, with their attention mask."
-    batch = tok.pad(dict(input_ids=rows), padding_side=side, return_tensors='pt')
-    return batch.to(model.device)
+# %% ../nbs/scoring.ipynb #89e18add
+def _batches(texts, max_length, batch_tokens):
+    "Group texts (their indices) of about the same length, so many tokens in a batch."
+    batches = []
+    fitting = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
+    for i in sorted(fitting, key=lambda i: len(texts[i])):
+        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
-# %% ../nbs/scoring.ipynb #97a4e2b9
+# %% ../nbs/scoring.ipynb #0c964cb4
 def answer_states(
     model, tok,                # a causal model of transformers, and its tokenizer
     rows: list[dict],          # instruction, input, output
@@ -119,24 +126,14 @@ def answer_states(
                for row in rows]
     texts = [a + b + [tok.eos_token_id] for a, b in zip(prompts, answers)]
     for chosen in progress(_batches(texts, max_length, batch_tokens), what):
-        batch = _pad([texts[i] for i in chosen], tok, model, 'right')
-        ids, mask = batch['input_ids'], batch['attention_mask'].bool()
-        row = torch.tensor(chosen, device=ids.device)[:, None].expand_as(ids)
-        for i, tokens in zip(chosen, mask): tokens[:len(prompts[i])] = False
+        ids = dict(input_ids=[texts[i] for i in chosen])
+        batch = tok.pad(ids, padding_side='right', return_tensors='pt').to(model.device)
+        answer = batch['attention_mask'].bool()
+        for i, tokens in zip(chosen, answer): tokens[:len(prompts[i])] = False
         with torch.inference_mode():
             states = model.get_decoder()(**batch, use_cache=False).last_hidden_state
-        mask = mask[:, 1:]
-        yield row[:, 1:][mask], states[:, :-1][mask], ids[:, 1:][mask]
-
-def _batches(texts, max_length, batch_tokens):
-    "Group texts (their indices) of about the same length, so many tokens in a batch."
-    batches = []
-    fitting = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
-    for i in sorted(fitting, key=lambda i: len(texts[i])):
-        if not batches or (len(batches[-1]) + 1) * len(texts[i]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+        row = torch.tensor(chosen, device=answer.device)[:, None].expand_as(answer)
+        yield row[answer], states[:, :-1][answer[:, 1:]], batch['input_ids'][answer]
 
 # %% ../nbs/scoring.ipynb #3f860526
 _SURE = 1   # nats: more than rounding in bfloat16 moves a logit
