@@ -13,7 +13,7 @@ from .recipe import Recipe
 from .runs import (need, note, progress, read_manifest, stage, stage_inputs,
                              write_json)
 from .data import rows_to_measure
-from .base import (base_path, free_memory, load_model, refuse_pickles,
+from .base import (base_path, free_memory, load_base, refuse_pickles,
                              settle_dtype)
 from .scoring import answer_states
 from .train import load_tuned
@@ -200,7 +200,7 @@ def _merged(way, recipe, run):
     from transformers import AutoConfig
     if way == 'copy': model = load_tuned(recipe, run)[0]
     else:
-        base = load_model(recipe, 'none', torch.float32)
+        base, _ = load_base(recipe, 'none', torch.float32)
         if way == 'nf4': base = through_nf4(base)
         model = merge_into(base, Path(run)/'adapter')
     stored = AutoConfig.from_pretrained(
@@ -208,8 +208,8 @@ def _merged(way, recipe, run):
         trust_remote_code=False)
     return model.to(stored.dtype)
 
-# %% ../nbs/02_merge.ipynb #99f1edfc
-def _write_way(way, recipe, run, folder, tok, rows, kept):
+# %% ../nbs/02_merge.ipynb #cdad3915
+def _write_way(way, recipe, run, folder, rows, kept):
     "Merge one way, write it, read it back, and compare it with the live model."
     model = _merged(way, recipe, run)
     model.save_pretrained(folder)
@@ -218,7 +218,7 @@ def _write_way(way, recipe, run, folder, tok, rows, kept):
     _check_saved(folder, model)
     del model
     free_memory()
-    again = load_model(recipe, 'none', path=folder)
+    again, tok = load_base(recipe, 'none', path=folder)
     mine = _keep_states(again, tok, rows, recipe.style, recipe.max_length)
     head = mine['head']   # the live one too: TRL refuses to train an adapter of it
     if way == 'copy': head = load_tuned(recipe, run)[0].get_output_embeddings()
@@ -244,7 +244,7 @@ def merge_adapter(
         kept = _keep_states(live, tok, rows, recipe.style, recipe.max_length)
         del live, kept['head']   # the head holds on to the whole model
         free_memory()
-        ways = {way: _write_way(way, settled, run, folder/way, tok, rows, kept)
+        ways = {way: _write_way(way, settled, run, folder/way, rows, kept)
                 for way in _ways(recipe)}
         chosen, why = choose_way(ways, recipe.merge, held_out)
         for path in (folder/chosen).iterdir(): path.rename(folder/path.name)

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from .prompt import format_answer, format_prompt
 from .recipe import TRAINER, Recipe, nearest
-from .base import (base_name, is_sharded, load_base, load_model,
-                             load_tokenizer, peak_memory, pick_device, refuse_pickles,
-                             settle_dtype)
+from .base import (base_name, is_sharded, load_base, load_tokenizer,
+                             peak_memory, pick_device, refuse_pickles, settle_dtype)
 # it misses a kernel that is not used here
 logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)
 
@@ -122,12 +121,12 @@ def count_steps(
     steps = math.ceil(math.ceil(batches / recipe.grad_accum) * recipe.epochs)
     return dict(rows=rows, tokens=tokens, sequences=len(packed), steps=steps)
 
-# %% ../nbs/01_qlora_train.ipynb #4224ef54
+# %% ../nbs/01_qlora_train.ipynb #6bf18756
 from .runs import (need, quiet, rank, read_jsonl, stage_inputs, world_size,
                              write_json, write_jsonl)
 from .scoring import answer_nll, fuse_head, generate
-from .checkpoints import (CALIBRATION, make_callbacks, open_checkpoints,
-                                    predict_seconds, train_on)
+from .checkpoints import (make_callbacks, open_checkpoints, predict_seconds,
+                                    train_on)
 from .parallel import broadcast, save_trained, share_batches, stage_together
 
 # %% ../nbs/01_qlora_train.ipynb #0611799f
@@ -228,7 +227,7 @@ def check_options(
         raise ValueError(f'report_to is {recipe.report_to!r}, which is not installed; '
                          f'pip install {recipe.report_to}')
 
-# %% ../nbs/01_qlora_train.ipynb #5da46d87
+# %% ../nbs/01_qlora_train.ipynb #7feb68fe
 def _set_up(recipe, run, folder, **more):
     "Load model and rows: the trainer, its encoded rows, and what to report of them."
     data = need(run, 'data')
@@ -241,7 +240,7 @@ def _set_up(recipe, run, folder, **more):
     return trainer, dataset, dict(
         trainable_parameters=trainable, left_out=left_out, dtype=recipe.dtype)
 
-_ENOUGH = 15   # seconds of timing
+_STEPS, _ENOUGH = 10, 15   # timed at most: steps, seconds
 
 def _evaluation_seconds(trainer):
     "Time one batch of held-out rows, and extrapolate to all of them."
@@ -267,7 +266,7 @@ def estimate(
     chosen = settle_dtype(recipe, run).replace(report_to='none')
     with tempfile.TemporaryDirectory() as folder, quiet(run, 'adapter'):
         trainer, dataset, about = _set_up(
-            chosen, run, Path(folder)/'checkpoints', max_steps=CALIBRATION,
+            chosen, run, Path(folder)/'checkpoints', max_steps=_STEPS,
             gradient_accumulation_steps=1, eval_strategy='no', save_strategy='no',
             load_best_model_at_end=False)
         trainer.keeper.limit = _ENOUGH
@@ -356,8 +355,7 @@ def load_tuned(
     "Load the base with the run's adapter beside it, as it was trained."
     from peft import PeftModel
     folder, recipe = need(run, 'adapter'), settle_dtype(recipe, run)
-    if recipe.adapter == 'none':
-        return load_model(recipe, 'none', path=folder), load_tokenizer(recipe)
+    if recipe.adapter == 'none': return load_base(recipe, 'none', path=folder)
     model, tok = load_base(recipe)
     refuse_pickles(folder, f'{folder}')
     return PeftModel.from_pretrained(model, folder), tok
