@@ -9,7 +9,7 @@ of one thread: with more, whatever else runs on the machine makes the threads wa
 compiled uses no vector instructions of the processor, so speeds are taken on llama.cpp as well.
 The last line printed is the JSON that is written.
 """
-import argparse, json, os, platform, shutil, tempfile, time
+import argparse, json, math, os, platform, shutil, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,10 +17,10 @@ os.environ['TQDM_DISABLE'] = '1'   # read when tqdm is imported: a log is no ter
 
 from kofinetune.prompt import format_prompt
 from kofinetune.data import load_rows
-from kofinetune.gguffile import check_gguf, write_gguf
-from kofinetune.server import create_model, served_file, server_version
-from kofinetune.proof import own_rounding, proof_failures, reference_answers, serve_gguf, verify_gguf
-from kofinetune.export import fallen_back, modelfile
+from kofinetune.gguffile import check_gguf, read_gguf, write_gguf
+from kofinetune.server import create_model, read_modelfile, server_version
+from kofinetune.proof import proof_failures, reference_answers, serve_gguf, verify_gguf
+from kofinetune.export import modelfile
 from kofinetune.rehearsal import stand_in_base
 
 SHAPE = dict(vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
@@ -48,6 +48,24 @@ def make_sure(folder, spread):
     save_file(tensors, folder/'model.safetensors', metadata={'format': 'pt'})
 
 
+MEANT = dict(bf16=('BF16',), q8_0=('Q8_0',), q4_K_M=('Q4_K', 'Q6_K'))   # for matrices
+
+
+def served_file(name):
+    "The GGUF file that Ollama serves under a name."
+    import ollama
+    return Path(read_modelfile(ollama.Client().show(name).modelfile)['from'])
+
+
+def fallen_back(path, dtype):
+    "Which shares of a file's matrices, and of their weights, have another type than was asked for; and how many have which."
+    matrices = [t for t in read_gguf(path)[1] if len(t['shape']) > 1]
+    def size(tensors): return sum(math.prod(t['shape']) for t in tensors)
+    other, types = [t for t in matrices if t['type'] not in MEANT[dtype]], [t['type'] for t in matrices]
+    return dict(tensors=len(other) / len(matrices), weights=size(other) / size(matrices),
+                types={kind: types.count(kind) for kind in sorted(set(types))})
+
+
 def timed(do, *args, **kwargs):
     "What `do` returns, and the seconds it took."
     start = time.perf_counter()
@@ -60,10 +78,8 @@ def compare(model, files, prompts):
     spread = sum(float(r['logp'].std()) for r in reference) / len(reference)
     made = dict(spread=round(spread, 3))
     for dtype, path in files.items():
-        own = own_rounding(model, prompts, reference, dtype)
-        proof = verify_gguf(model, path, prompts, max_new_tokens=1, reference=reference, threads=os.cpu_count())
-        made[dtype] = dict(proof['logprobs'], own_rounding=round(own, 6), first_token_equal=proof['greedy']['equal'],
-                           failed=proof_failures(proof, dtype, own))
+        proof = verify_gguf(model, path, prompts, reference, dtype)
+        made[dtype] = dict(proof['logprobs'], first_token_equal=proof['greedy']['equal'], failed=proof_failures(proof, dtype))
     return made
 
 

@@ -582,7 +582,7 @@ OLLAMA_FAULTS = {   # what happens: (fault, on which request, what the one line 
     'killed in the middle of an answer': ('kill answer', ('/api/generate', 'POST'), 'broke off while'),
     'answers 500 to an upload': ('500', ('/api/blobs/', 'POST'), 'answers 500 while taking model-q8_0.gguf'),
     'answers 500 to create': ('500', ('/api/create', 'POST'), 'answers 500 while taking model-q8_0.gguf: no room left in the engine'),
-    'answers 500 to a question': ('500', ('/api/generate', 'POST'), 'answers 500: no room left in the engine'),
+    'answers 500 to a question': ('500', ('/api/generate', 'POST'), 'answers 500 while answering: no room left in the engine'),
     'ends an answer with done: false': ('not done', ('/api/generate', 'POST'), 'broke off an answer (done: false)'),
     'answers what is no JSON': ('not json', ('/api/generate', 'POST'), 'broke off while'),
     'says nothing to a question': ('silent', ('/api/generate', 'POST'), 'said nothing for 3 s while'),
@@ -592,14 +592,14 @@ OLLAMA_FAULTS = {   # what happens: (fault, on which request, what the one line 
 
 def ollama_faults(bench, program, names, quick):
     "The registration of a finished export with a real server, through a proxy that breaks it."
-    from kofinetune import proof, server as asking
+    from kofinetune import server as asking
     import httpx
     folder = bench.scratch/'ollama'
     folder.mkdir()
     server = Ollama(program, folder)
     proxy = OllamaProxy(server)
     def before(): os.environ['OLLAMA_HOST'] = proxy.host
-    def hurried(): asking.PATIENCE = proof.PATIENCE = 3
+    def hurried(): asking.PATIENCE = 3
     def models(): return sorted(m['name'] for m in httpx.get(server.url + '/api/tags').json()['models'])
     def forget():
         for name in models(): httpx.request('DELETE', server.url + '/api/delete', json=dict(model=name))

@@ -17,7 +17,7 @@ from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.data import read_rows
 from kofinetune.gguffile import check_gguf, write_gguf
-from kofinetune.proof import own_rounding, proof_failures, reference_answers, verify_gguf
+from kofinetune.proof import proof_failures, reference_answers, verify_gguf
 from kofinetune.export import modelfile
 from kofinetune.merge import copy_tokenizer, merge_into
 from kofinetune.base import load_base
@@ -41,9 +41,9 @@ write_gguf(merged, file, 'q8_0')
 
 prompts = [format_prompt(row, args.style) for row in read_rows(args.rows)[:100]]
 reference = reference_answers(merged, prompts)
-proof = verify_gguf(merged, file, prompts, reference=reference)
+proof = verify_gguf(merged, file, prompts, reference, 'q8_0')
 wrong = check_gguf(merged, file, 'q8_0')['different']
-wrong += proof_failures(proof, 'q8_0', own_rounding(merged, prompts, reference, 'q8_0'))
+wrong += proof_failures(proof, 'q8_0')
 if wrong: raise SystemExit(f'{file} is not the merged model: {"; ".join(wrong)}')
 print(f'{file}: {file.stat().st_size / 1e6:.1f} MB; {proof["tokens"]["checked"]} prompts with the same tokens, '
       f'{proof["greedy"]["equal"]} of {proof["greedy"]["checked"]} answers equal to the letter')

@@ -312,8 +312,7 @@ def verify(run: _RunArgument,
                '--all', help='Prove the files on llama.cpp too, and render every packaged row.')] = False,
            debug: _DebugOption = False):
     "What a running Ollama serves, proved again; its files where none does. Exit code 1 on a failure."
-    from kofinetune.proof import PARTS
-    from kofinetune.export import verify_run
+    from kofinetune.export import PARTS, verify_run
     need(run, 'ollama', whole=False)
     with quiet(run, 'ollama'): proof = verify_run(Recipe.load(run/'recipe.json'), run, everything)
     for part in PARTS:

@@ -14,7 +14,7 @@ from kofinetune.recipe import Recipe
 from kofinetune.runs import write_jsonl
 from kofinetune.formats import FIELDS, read_rows, validate_rows
 from kofinetune.server import check_name, read_modelfile
-from kofinetune.export import modelfile, modelfile_value
+from kofinetune.export import _modelfile_value, modelfile
 
 SEEDED = bool(os.environ.get('CI'))
 
@@ -117,10 +117,10 @@ def test_a_prompt_holds_its_row_and_nothing_else(row, style):
 # --- the Modelfile writer
 
 def sorted_out(texts):
-    "The texts that `modelfile_value` takes; the others are refused with a reason."
+    "The texts that `_modelfile_value` takes; the others are refused with a reason."
     kept = []
     for one in texts:
-        try: modelfile_value(one, 'LICENSE')
+        try: _modelfile_value(one, 'LICENSE')
         except ValueError as e: assert str(e).startswith('LICENSE: line ')
         else: kept.append(one)
     return tuple(kept)

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 import httpx
 import ollama
@@ -17,12 +19,10 @@ from kofinetune.prompt import STYLES, format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest
 from kofinetune.data import load_rows
-from kofinetune.gguffile import load_gguf, write_gguf
-from kofinetune.server import check_name, create_model, list_models, read_modelfile, served_file, server_url, server_version
-from kofinetune.proof import (compare_texts, difficult_rows, own_rounding, proof_failures, reference_answers,
-                              verify_ollama)
-from kofinetune.export import (export_ollama, fallen_back, modelfile, modelfile_value, prompt_template,
-                               served_differences)
+from kofinetune.gguffile import load_gguf, read_gguf, write_gguf
+from kofinetune.server import check_name, create_model, read_modelfile, server_url, server_version
+from kofinetune.proof import compare_texts, difficult_rows, proof_failures, reference_answers, verify_ollama
+from kofinetune.export import _modelfile_value, _served_differences, export_ollama, modelfile, prompt_template
 
 pytestmark = pytest.mark.ollama
 NAME = 'kofinetune-rehearsal:latest'
@@ -42,7 +42,7 @@ def blog(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('blog')
     shutil.copyfile(run/'ollama'/'model-bf16.gguf', folder/'model-bf16.gguf')
     (folder/'Modelfile').write_text(modelfile('model-bf16.gguf', 'blog', num_ctx=512, num_predict=16, threads=1), encoding='utf-8')
-    return create_model('tests/blog:v1.0', folder)['name']
+    return create_model('tests/blog:v1.0', folder)
 
 
 @pytest.fixture(scope='module')
@@ -72,10 +72,9 @@ def rendered(model, row, earlier=()):
 
 
 def test_the_list_shows_the_model_with_its_size(run):
-    entry = next(m for m in list_models() if m['name'] == NAME)
-    size = (run/'ollama'/'model-q8_0.gguf').stat().st_size
-    assert size < entry['size'] < size + 10_000
-    assert not [m for m in list_models() if 'unproved' in m['name']]
+    sizes, size = {m.model: m.size for m in ollama.Client().list().models}, (run/'ollama'/'model-q8_0.gguf').stat().st_size
+    assert size < sizes[NAME] < size + 10_000
+    assert not [name for name in sizes if 'unproved' in name]
     program = ollama_program()
     if program:
         text = subprocess.run([program, 'list'], capture_output=True, text=True, check=True).stdout
@@ -98,8 +97,8 @@ def test_api_and_program_make_the_same_model(run):
 @pytest.mark.parametrize('style', STYLES)
 def test_text_and_tokens_of_difficult_rows(tiny, style):
     rows = difficult_rows()
-    proof = verify_ollama(f'tests/tiny-{style}', tiny, rows, style, answers=0)
-    assert proof['text'] == dict(checked=len(rows), different=0, examples=[])
+    proof = verify_ollama(f'tests/tiny-{style}', tiny, rows, reference=[], style=style)
+    assert compare_texts(f'tests/tiny-{style}', rows, style) == dict(checked=len(rows), different=0, examples=[])
     assert proof['tokens'] == dict(checked=len(rows), different=0, share=0, extra_bos=0, examples=[])
 
 
@@ -113,14 +112,14 @@ def joined(rows, style, size=8):
 def test_tokens_of_every_packaged_row(tiny, style):
     "Their text is compared in 03."
     questions = joined(load_rows('rehearsal'), style)
-    proof = verify_ollama('tests/tiny-alpaca', tiny, questions, answers=0, texts=None)
+    proof = verify_ollama('tests/tiny-alpaca', tiny, questions, reference=[])
     assert proof['tokens'] == dict(checked=290, different=0, share=0, extra_bos=0, examples=[])
 
 
 @pytest.mark.koalpaca
 def test_tokens_of_the_real_rows(tiny, koalpaca):
     questions = joined(json.loads(koalpaca.read_text(encoding='utf-8')), 'blog')
-    proof = verify_ollama('tests/tiny-alpaca', tiny, questions, answers=0, texts=None)
+    proof = verify_ollama('tests/tiny-alpaca', tiny, questions, reference=[])
     assert proof['tokens'] == dict(checked=1000, different=0, share=0, extra_bos=0, examples=[])
 
 
@@ -146,9 +145,9 @@ def test_the_server_sees_the_same_tokens_and_says_the_same(run, blog, style):
     rows = read_jsonl(run/'data'/'valid.jsonl')[:20] + difficult_rows()
     prompts = [format_prompt(row, style) for row in rows[:20]]
     reference = reference_answers(run/'merged', prompts)
-    proof = verify_ollama(model, run/'merged', rows, style, reference=reference)
-    assert proof_failures(proof, dtype, own_rounding(run/'merged', prompts, reference, dtype)) == []
-    assert proof['text'] == dict(checked=len(rows), different=0, examples=[])
+    proof = verify_ollama(model, run/'merged', rows, reference, dtype, style)
+    assert proof_failures(proof, dtype) == []
+    assert compare_texts(model, rows, style) == dict(checked=len(rows), different=0, examples=[])
     assert proof['tokens'] == dict(checked=len(rows), different=0, share=0, extra_bos=0, examples=[])
     assert proof['logprobs']['compared'] >= 70 and proof['greedy']['checked'] == 20 and proof['server']
 
@@ -165,13 +164,13 @@ def test_a_held_out_question_gets_the_right_answer(run):
 
 def test_a_finished_stage_is_registered_again(run, capsys):
     ollama.Client().delete(NAME)
-    assert served_differences(NAME, run/'ollama') is None
+    assert _served_differences(NAME, run/'ollama') is None
     (run/'ollama'/'verify.json').write_text('{}', encoding='utf-8')
     export_ollama(Recipe.named('rehearsal'), run)
     out = capsys.readouterr().out
     assert 'already done' in out and f'registered {NAME}' in out
-    assert served_differences(NAME, run/'ollama') == []
-    assert served_differences('tests/blog:v1.0', run/'ollama') == ['file', 'template', 'parameters']
+    assert _served_differences(NAME, run/'ollama') == []
+    assert _served_differences('tests/blog:v1.0', run/'ollama') == ['file', 'template', 'parameters']
     verify_json_is_of_this_server(run)
 
 
@@ -195,7 +194,7 @@ def test_a_model_that_fails_its_proof_gets_no_name(run, tmp_path):
     vouch(copy, 'ollama')
     with pytest.raises(RuntimeError, match=r'does not serve the merged model: 158 of 158 prompts are rendered differently'):
         export_ollama(Recipe.named('rehearsal'), copy)
-    assert not [m for m in list_models() if m['name'].startswith('never')]
+    assert not [m for m in ollama.Client().list().models if m.model.startswith('never')]
 
 
 def verified(run, monkeypatch, capsys, *options):
@@ -251,8 +250,8 @@ def test_verify_without_the_model_says_how_to_register_it(run, tmp_path, monkeyp
 def test_known_differences_are_still_there(run):
     "The page names these; should a newer Ollama mend one, the page must change."
     assert 'image' in ask('/api/generate', model=NAME, prompt='[img-0]').get('error', '')
-    proof = verify_ollama(NAME, run/'merged', [dict(instruction='<unk>', input='')], answers=1)
-    assert proof['tokens']['different'] == 1 and proof['text']['different'] == 0
+    rows = [dict(instruction='<unk>', input='')]
+    assert verify_ollama(NAME, run/'merged', rows, reference=[])['tokens']['different'] == 1 and compare_texts(NAME, rows)['different'] == 0
 
 
 NAMES = ('a', 'A_1-b.c', '_x', 'x:y', 'x:1.0_a-b', 'ns/x', 'ns_1/x:y', 'h.st:80/ns/x:y', 'a' * 80, 'a' * 81, 'x:' + 'y' * 80, 'x:' + 'y' * 81, 'n' * 80 + '/x',
@@ -280,7 +279,7 @@ def test_a_modelfile_keeps_what_we_let_through(tiny, tmp_path):
         return ollama.Client().show('tests/mark').license
     for mark in marks:
         text = f'앞{mark}뒤'
-        try: ours = bool(modelfile_value(text, 'LICENSE'))
+        try: ours = bool(_modelfile_value(text, 'LICENSE'))
         except ValueError as e: ours, message = False, str(e); assert f'column 2 is U+{ord(mark):04X}' in message
         assert ours == (license_of(text) == text), repr(mark)
 
@@ -293,8 +292,9 @@ def test_what_the_post_did_loses_the_hangul(run, tmp_path):
     (tmp_path/'Modelfile').write_text('FROM ./merged\nPARAMETER num_thread 1\nTEMPLATE """' + POST + '"""\n', encoding='utf-8')
     made = subprocess.run([program, 'create', 'tests/post', '-f', str(tmp_path/'Modelfile')], capture_output=True, text=True, check=True)
     assert 'success' in made.stdout + made.stderr
-    proof = verify_ollama('tests/post', run/'merged', read_jsonl(run/'data'/'valid.jsonl')[:20], answers=20)
-    assert proof['text']['different'] == proof['tokens']['different'] == 20 and proof['greedy']['equal'] == 0
+    rows = read_jsonl(run/'data'/'valid.jsonl')[:20]
+    proof = verify_ollama('tests/post', run/'merged', rows, reference_answers(run/'merged', [format_prompt(row) for row in rows]))
+    assert compare_texts('tests/post', rows)['different'] == proof['tokens']['different'] == 20 and proof['greedy']['equal'] == 0
 
 
 def test_four_bits_fall_back_and_still_answer(run, tmp_path):
@@ -303,9 +303,8 @@ def test_four_bits_fall_back_and_still_answer(run, tmp_path):
     path = tmp_path/'Modelfile'
     path.write_text(path.read_text(encoding='utf-8').replace('q8_0', 'bf16'), encoding='utf-8')
     create_model('tests/four', tmp_path, quantize='q4_K_M')
-    path = served_file('tests/four')
-    fell = fallen_back(path, 'q4_K_M')
-    assert fell['types'] == {'Q4_K': 2, 'Q5_0': 22, 'Q6_K': 2, 'Q8_0': 3} and .8 < fell['tensors'] < .9
+    path = Path(read_modelfile(ollama.Client().show('tests/four').modelfile)['from'])
+    assert Counter(t['type'] for t in read_gguf(path)[1] if len(t['shape']) > 1) == {'Q4_K': 2, 'Q5_0': 22, 'Q6_K': 2, 'Q8_0': 3}
     assert path.stat().st_size < (run/'ollama'/'model-q8_0.gguf').stat().st_size
     right = [ollama.Client().generate('tests/four', r['instruction'], system=r['input']).response == r['output']
              for r in read_jsonl(run/'data'/'valid.jsonl')[:40]]
