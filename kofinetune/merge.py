@@ -90,8 +90,9 @@ def _compare(one, two, entries=1 << 22):
     for start in progress(range(0, len(tokens), step), 'comparing answer tokens'):
         part = slice(start, start + step)
         a, b = _log_probs(one, part), _log_probs(two, part)
-        gap, losses = a - b, [-x.gather(1, tokens[part])[:, 0] for x in (a, b)]
+        gap = a - b
         kl = (a.exp() * gap).sum(1)
+        losses = [-x.gather(1, tokens[part])[:, 0] for x in (a, b)]
         parts.append(torch.stack([gap.abs().amax(1), gap.abs().mean(1), kl, *losses]))
     largest, mean, kl, *losses = torch.cat(parts, 1).double()
     by_row = losses[1].new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses[1])
