@@ -8,7 +8,7 @@ from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.data import load_rows, prepare
 from kofinetune.base import load_base, load_tokenizer
-from kofinetune.train import add_lora, count_trainable, encode, encode_rows, finetune, make_trainer
+from kofinetune.train import _drawn, add_lora, encode, encode_rows, finetune, make_trainer
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +77,7 @@ def test_trainable_parameters_and_ties_are_what_the_arithmetic_says():
     q, kv, h, f = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim, config.hidden_size, config.intermediate_size
     sides = [(h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h)]
     tuned = add_lora(model, recipe)
-    assert count_trainable(tuned) == config.num_hidden_layers * recipe.lora_r * sum(a + b for a, b in sides)
+    assert tuned.num_parameters(only_trainable=True) == config.num_hidden_layers * recipe.lora_r * sum(a + b for a, b in sides)
     assert tuned.get_output_embeddings().weight is tuned.get_input_embeddings().weight
 
 
@@ -101,7 +101,7 @@ def test_the_fused_head_gives_the_loss_and_the_gradient_of_trls_own(tok, tmp_pat
             if 'lora_B' in name: p.data.normal_(0, .02, generator=generator)
         trainer = make_trainer(model, tok, dataset, [], recipe, tmp_path)
         base = model.get_base_model()
-        assert base.forward.__code__.co_filename.endswith('kofinetune/train.py')
+        assert base.forward.__code__.co_filename.endswith('kofinetune/scoring.py')
         if not fused: trl.trainer.utils.add_fused_lm_head(base, outputs=('log_probs', 'entropy', 'is_top1'))
         loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
         loss.backward()
@@ -145,14 +145,13 @@ def test_the_repacking_is_off_on_every_processor(monkeypatch):
 def test_evaluations_on_the_way_read_a_fifth_of_the_trained_tokens_at_most(rows, valid, epochs, save_steps):
     "A token that is only evaluated takes half the time of one that is trained on, so that is a tenth of the time."
     from datasets import Dataset
-    from kofinetune.train import on_the_way
     recipe = Recipe(epochs=epochs, save_steps=save_steps)
     train, held_out = (Dataset.from_dict(dict(input_ids=[[i] * 20 for i in range(n)])) for n in (rows, valid))
     steps = max(1, int(rows * epochs / 16))
-    taken = on_the_way(held_out, train, steps, recipe)
+    taken = _drawn(held_out, train, steps, recipe)
     times = -(-steps // -(-steps * save_steps // 1))
     read, trained = times * sum(map(len, taken['input_ids'])), epochs * 20 * rows
     assert read <= .2 * trained or len(taken) == 1
     assert len(taken) == valid or read > .2 * trained - times * 20 or len(taken) == 1     # and no row less
-    assert taken['input_ids'] == on_the_way(held_out, train, steps, recipe)['input_ids'] and len(on_the_way(train.select([]), train, steps, recipe)) == 0
-    assert len(on_the_way(held_out, train, steps, recipe.replace(save_steps=2))) == valid          # as often as the recipe says
+    assert taken['input_ids'] == _drawn(held_out, train, steps, recipe)['input_ids'] and len(_drawn(train.select([]), train, steps, recipe)) == 0
+    assert len(_drawn(held_out, train, steps, recipe.replace(save_steps=2))) == valid          # as often as the recipe says
