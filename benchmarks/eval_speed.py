@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from kofinetune.data import load_rows
-from kofinetune.train import answer_nll, generate
+from kofinetune.scoring import answer_nll, generate
 from kofinetune.rehearsal import stand_in_base
 from kofinetune.train import encode
 

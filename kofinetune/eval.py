@@ -22,7 +22,8 @@ from .gguffile import load_gguf
 from .data import rows_to_measure
 from .base import (base_name, base_note, free_memory, load_base,
                              load_tokenizer, pick_device, settle_dtype)
-from .train import answer_nll, generate, load_tuned, plot_loss
+from .scoring import answer_nll, generate
+from .train import load_tuned, plot_loss
 from .report import MEASURES, plot_kinds, plot_models, render_page
 
 # %% ../nbs/04_eval.ipynb #e9c30856

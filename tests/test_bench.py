@@ -7,7 +7,7 @@ import torch
 from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl
-from kofinetune.train import answer_nll
+from kofinetune.scoring import answer_nll
 from kofinetune.bench import benchmark, choice_task
 from kofinetune.train import load_tuned
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.stats import exact_match, paired_difference, share_ci, summarize
-from kofinetune.train import answer_nll, generate
+from kofinetune.scoring import answer_nll, generate
 from kofinetune.report import compare_runs, headline
 from kofinetune.eval import evaluate, side_by_side
 from kofinetune.train import encode

@@ -46,7 +46,7 @@ def test_export_any_adapter(tmp_path, rehearsal_run):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from kofinetune.rehearsal import stand_in_base
-    from kofinetune.train import generate
+    from kofinetune.scoring import generate
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(stand_in_base(), dtype=torch.float32)
     other = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj'], init_lora_weights=False))

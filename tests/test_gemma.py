@@ -96,7 +96,7 @@ def test_llama_cpp_reads_the_same_tokens(gemma, tok, golden, tmp_path):
 @pytest.mark.parametrize('quant, wanted', [('none', 2.645), ('nf4', 3.04)])
 def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
     from kofinetune.stats import summarize
-    from kofinetune.train import answer_nll
+    from kofinetune.scoring import answer_nll
     from kofinetune.base import load_base
     rows = json.loads(koalpaca.read_text(encoding='utf-8'))[:60]
     model, tok = load_base(Recipe(base=NAME, quant=quant, dtype='fp32'))
