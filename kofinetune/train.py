@@ -19,7 +19,7 @@ from .runs import (need, progress, quiet, rank, read_jsonl, stage_inputs,
 from .base import (base_name, is_sharded, load_base, load_model,
                              load_tokenizer, peak_memory, pick_device, refuse_pickles,
                              settle_dtype)
-from .checkpoints import (CALIBRATION, make_callbacks, open_checkpoints,
+from .checkpoints import (make_callbacks, open_checkpoints,
                                     predict_seconds, train_on)
 from .parallel import broadcast, save_trained, share_batches, stage_together
 
@@ -283,7 +283,7 @@ def estimate(
         counts = count_steps(dataset, chosen)
         trainer = make_trainer(
             model, tok, dataset, held_out, chosen, Path(folder)/'checkpoints',
-            max_steps=CALIBRATION, gradient_accumulation_steps=1,
+            max_steps=10, gradient_accumulation_steps=1,
             eval_strategy='no', save_strategy='no', load_best_model_at_end=False)
         keep = trainer.keeper
         keep.limit = _ENOUGH
