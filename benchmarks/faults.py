@@ -391,7 +391,9 @@ def ollama(scratch, first):
         if not running: begin()                              # by the time of the same command again
         said = httpx.request(method, f'http://{real}{path}', content=body, timeout=60)
         return said.status_code, {'Content-Type': 'application/json'}, said.content
-    def others(): return [f'it serves {names}'] * ((names := [m['name'] for m in httpx.get(f'http://{real}/api/tags').json()['models']]) != [NAME])
+    def others():
+        names = [model['name'] for model in httpx.get(f'http://{real}/api/tags').json()['models']]
+        return [f'it serves {names}'] * (names != [NAME])
     server = Breaking(answer)
     def before():
         os.environ['OLLAMA_HOST'] = server.url
