@@ -13,12 +13,11 @@ from collections import namedtuple
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import version
 from pathlib import Path
 
 from kofinetune import base, cli, data
 from kofinetune.rehearsal import stand_in_base
-from kofinetune.runs import COMMANDS, VERSIONED, file_hashes, read_manifest, working_on, write_json, write_jsonl
+from kofinetune.runs import COMMANDS, file_hashes, read_manifest, working_on, write_json, write_jsonl
 
 STAGES, FOLDERS = tuple(COMMANDS.values()), {command: name for name, command in COMMANDS.items()}
 SMALL = {'rows': 44, 'valid_rows': 6, 'epochs': 1.0, 'max_length': 64, 'grad_accum': 2, 'save_steps': 2, 'lora_r': 4,
@@ -551,7 +550,7 @@ def main():
     machine = dict(processor=found[1] if found else platform.machine(), cores=os.cpu_count(), python=platform.python_version(), system=platform.system())
     report = {key: sum(row[key] for row in rows) for key in ('tried', 'survived', 'lost')} | dict(
         seed=args.seed, seconds=round(time.monotonic() - began, 1), undisturbed_seconds={c: round(s, 2) for c, s in first.seconds.items()},
-        rows=rows, not_tried=not_tried, versions={name: version(name) for name in VERSIONED}, machine=machine)
+        rows=rows, not_tried=not_tried, versions=read_manifest(first.whole)['versions'], machine=machine)
     report = json.loads(json.dumps(report).replace(str(scratch), '...'))
     if args.json:
         write_json(report, args.json)
