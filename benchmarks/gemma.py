@@ -10,8 +10,10 @@ import argparse, contextlib, json, os, platform, re, shutil, socket, subprocess,
 from importlib.metadata import version
 from pathlib import Path
 
-from kofinetune.runs import VERSIONED, read_jsonl, read_manifest, write_json
+from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.base import _auto_dtype
+
+VERSIONED = 'kofinetune', 'torch', 'transformers', 'datasets', 'peft', 'bitsandbytes', 'accelerate', 'trl', 'gguf'
 
 BASE = 'gemma-3-270m-q4'
 

@@ -6,7 +6,7 @@
 __all__ = ['share_batches', 'stage_together', 'broadcast', 'save_trained']
 
 # %% ../nbs/parallel.ipynb #8c05f483
-import shutil, tempfile
+import math, shutil, tempfile
 from pathlib import Path
 
 from .recipe import Recipe
@@ -18,59 +18,59 @@ def share_batches(
     recipe: Recipe,  # batch_size, grad_accum
     processes: int,  # how many train together, each with its own device
 ) -> int:            # batches that each of them adds up for one step
-    "Share the batches of a step among `processes`. ValueError where they cannot be shared evenly."
+    "Share the batches of a step among `processes`. ValueError where they are not even."
     size, batches = recipe.batch_size, recipe.grad_accum
     if batches % processes == 0: return batches // processes
-    smaller = [b for b in range(size, 0, -1) if size * batches % (b * processes) == 0]
-    if smaller: advice = (f'the same step is --set batch_size={smaller[0]} '
-                          f'--set grad_accum={size * batches // smaller[0]}')
-    else: advice = (f'no split of {size * batches} sequences is even; a larger step is '
-                    f'--set grad_accum={-(-batches // processes) * processes}')
-    raise ValueError(f'grad_accum is {batches}, and {processes} processes cannot share so many '
-                     f'batches: {advice}')
+    larger = math.ceil(batches / processes) * processes
+    advice = f'a larger step is --set grad_accum={larger}'
+    for smaller in range(1, size + 1):
+        if size * batches % (smaller * processes) == 0:
+            advice = (f'the same step is --set batch_size={smaller} '
+                      f'--set grad_accum={size * batches // smaller}')
+    raise ValueError(f'grad_accum is {batches}, and {processes} processes cannot share '
+                     f'so many batches: {advice}')
 
 # %% ../nbs/parallel.ipynb #56c12824
 def stage_together(
     recipe: Recipe,       # what was asked
     run: Path,            # the run folder
-    make,                 # as `stage` takes it; called in every process, but only one may write
+    make,                 # as `stage` takes it; called in every process, but one writes
     force: bool = False,  # make it again, whatever is there
 ) -> dict:                # the same in every process
-    "Make the stage adapter in all processes that a launcher started, as `stage` does in one."
-    if world_size() == 1: return stage(recipe, run, 'adapter', make, force, scaffold='checkpoints')
+    "Make the stage adapter in all processes of a launcher, as `stage` does in one."
+    if world_size() == 1: return stage(recipe, run, 'adapter', make, force)
     if is_sharded() and recipe.quant == 'nf4':
         raise ValueError("quant is 'nf4', and FSDP cannot share out 4-bit weights; "
                          '--set quant=none, or leave FSDP off')
     share_batches(recipe, world_size())
     from accelerate import PartialState
-    PartialState(cpu=pick_device(recipe)[0].type == 'cpu')   # joins the others, with gloo or nccl
-    return (_follow if rank() else _lead)(recipe, run, make, force)
-
-def _lead(recipe, run, make, force):
-    "Make the stage in the first process, and tell the others."
+    PartialState(cpu=pick_device(recipe)[0].type == 'cpu')   # joins the others
+    if rank(): return _follow(recipe, run, make)
     begun = []
     def make_with_others(folder):
         begun.append(broadcast('make', (recipe, file_hashes(Path(run)/'data'))))
         return make(folder)
-    try: result = stage(recipe, run, 'adapter', make_with_others, force, scaffold='checkpoints')
-    except (ValueError, FileNotFoundError, RuntimeError) as e:
+    try: result = stage(recipe, run, 'adapter', make_with_others, force)
+    except Exception as e:
         if not begun: broadcast('leave', 1 if isinstance(e, RuntimeError) else 2)
         raise
     return broadcast('done', result)[1]
 
-def _follow(recipe, run, make, force):
+# %% ../nbs/parallel.ipynb #92cd18b2
+def _follow(recipe, run, make):
     "Do as the first process says."
     word, news = broadcast()
     if word == 'make':
-        if news != (recipe, file_hashes(Path(run)/'data')):
+        data = Path(run)/'data'
+        if news != (recipe, file_hashes(data)):
             raise RuntimeError(
-                f'process {rank()} sees another recipe, or other files in {Path(run)/"data"}, than '
-                f'process 0; start the same command on every machine, with {run} on a shared disk '
-                'or copied')
+                f'process {rank()} sees another recipe, or other files in {data}, than '
+                'process 0; start the same command on every machine, with '
+                f'{run} on a shared disk or copied')
         with tempfile.TemporaryDirectory() as folder: make(Path(folder))
         word, news = broadcast()
     if word == 'leave': raise SystemExit(news)   # the first process says why
-    shutil.rmtree(Path(run)/'checkpoints', ignore_errors=True)   # on a disk of this machine's own
+    shutil.rmtree(Path(run)/'checkpoints', ignore_errors=True)   # on this machine
     return news
 
 # %% ../nbs/parallel.ipynb #a61989ff
@@ -87,15 +87,16 @@ def save_trained(
     trainer,       # after `train`
     folder: Path,  # gets the adapter, or the whole model
 ):
-    "Write what was trained. Every process calls this, as each may hold a part; the first writes."
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    "Write what was trained. Every process calls this, for each may hold a part."
+    accelerator, weights = trainer.accelerator, None
+    model = accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled: weights = accelerator.get_state_dict(trainer.model)
     model.save_pretrained(folder, state_dict=weights, is_main_process=rank() == 0)
     if is_sharded() and rank() == 0 and not hasattr(model, 'peft_config'):
         _drop_tied(folder/'model.safetensors', model)
 
 def _drop_tied(path, model):
-    "Take tied weights out of a file: put together from pieces, they stand there under each name."
+    "Take tied weights out of a file put together from pieces: they are there twice."
     from safetensors.torch import load, save_file
     weights = load(path.read_bytes())
     for name in model.all_tied_weights_keys: weights.pop(name, None)
