@@ -432,7 +432,7 @@ OLLAMA = {   # what an Ollama server does: at which request, how, and what the o
     'says nothing to a question': ('/api/generate', 'silent', ' s while answering; start it again with: ollama serve'),
     'ends an answer with done: false': ('/api/generate', UNDONE, 'broke off an answer (done: false)'),
     'answers what is no JSON': ('/api/generate', b'<html>', 'broke off while answering (JSONDecodeError)'),
-    'lists what is no JSON': ('/api/tags', b'<html>', 'broke off while listing its models (JSONDecodeError)'),
+    'creates what is no JSON': ('/api/create', b'<html>\n', f'broke off while taking {FILE} (JSONDecodeError)'),
     'fails in the middle of create': ('/api/create', STEP + b'{"error": "bad magic"}\n', f'answers while taking {FILE}: bad magic'),
     'breaks off create': ('/api/create', 'half', f'broke off while taking {FILE}'),
     'does not end create': ('/api/create', STEP, "stopped at 'using' while it made"),

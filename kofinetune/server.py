@@ -135,7 +135,8 @@ def create_model(
     said = read_modelfile((folder/'Modelfile').read_text(encoding='utf-8'))
     path = _named_file(folder, said.pop('from'))
     digest, size = 'sha256:' + file_hashes(folder)[path.name], path.stat().st_size
-    sending = progress(None, f'{path.name} to Ollama', size, unit='B', unit_scale=True)
+    sending = progress(None, f'{path.name} to Ollama', total=size, unit='B',
+                       unit_scale=True)
     with sending as bar, ollama_client(f'taking {path.name}') as client:
         blob = f'/api/blobs/{digest}'
         if client._client.head(blob).is_error:   # it is not there yet
