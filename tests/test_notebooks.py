@@ -20,8 +20,8 @@ def server(tmp_path_factory):
 @pytest.mark.ollama
 @pytest.mark.parametrize('name', WITH_OLLAMA)
 def test_the_cells_for_ollama_run(name, rehearsal_run, server, tmp_path):
+    for folder in ('nbs', 'benchmarks/results'): shutil.copytree(ROOT/folder, tmp_path/folder)
     shutil.copyfile(ROOT/'settings.ini', tmp_path/'settings.ini')
-    shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
     shutil.copytree(rehearsal_run, tmp_path/'runs'/'rehearsal', ignore=shutil.ignore_patterns('.lock'))
     command = [Path(sys.executable).parent/'nbdev_test', '--path', tmp_path/'nbs'/f'{name}.ipynb', '--n_workers', '0', '--flags', 'ollama']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -73,7 +73,7 @@ def test_blog_settings_on_real_rows(koalpaca, tmp_path, ollama_server):
     "640 real rows through the post's settings on the stand-in base, and a question to the real server."
     import ollama
     recipe = Recipe.named('blog').replace(name='blog-rehearsal', source=str(koalpaca), rows=640, base='rehearsal', revision='',
-                                          max_new_tokens=48, eval_rows=50)
+                                          gguf=('q8_0',), max_new_tokens=48, eval_rows=20)
     for do in STAGES: do(recipe, tmp_path)
     metrics = json.loads((tmp_path/'adapter'/'metrics.json').read_text(encoding='utf-8'))
     assert metrics['steps'] == 120 and metrics['rows'] == 640
