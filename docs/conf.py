@@ -31,7 +31,6 @@ myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
 python_use_unqualified_type_names = True
 add_module_names = False
-python_maximum_signature_line_length = 88
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'description'        # beside what the comment of a parameter says
 autodoc_typehints_format = 'short'
