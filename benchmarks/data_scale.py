@@ -47,7 +47,7 @@ def post_writer(source, target):
 def our_writer(source, target):
     "The same file by this project: every row checked, then written."
     from kofinetune.runs import write_jsonl
-    from kofinetune.data import read_rows
+    from kofinetune.formats import read_rows
     write_jsonl(read_rows(source), target)
 
 
@@ -100,16 +100,14 @@ class PeakMemory:
         self.thread.join()
 
 
-def one_size(source, processes):
+def one_size(source):
     "Prepare `source` (in a process of its own, so that its peak is its own) and print what it cost."
     from kofinetune.recipe import Recipe
-    from kofinetune.data import prepare_large
-    import datasets
-    datasets.disable_progress_bars()
+    from kofinetune.large import prepare_large
     recipe = Recipe(valid_rows=1000, drop=('empty_answer', 'exact_duplicate'))
     with tempfile.TemporaryDirectory(dir=source.parent) as folder, PeakMemory() as peak:
         start, cpu = time.perf_counter(), os.times()
-        counts = prepare_large(source, Path(folder), recipe, processes)
+        counts = prepare_large(source, Path(folder), recipe)
         seconds, after = time.perf_counter() - start, os.times()
     used = sum(after[:4]) - sum(cpu[:4])
     assert counts['rows'] == counts['kept'] + counts['reported']
@@ -124,12 +122,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--sizes', type=int, nargs='+', default=[20_000, 200_000, 2_000_000])
     parser.add_argument('--post-rows', type=int, default=49_620)
-    parser.add_argument('--processes', type=int, default=2)
     parser.add_argument('--folder', type=Path, help='where the generated files go (2 million rows: 2 GB)')
     parser.add_argument('--json', type=Path)
     parser.add_argument('--one', type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one: return one_size(args.one, args.processes)
+    if args.one: return one_size(args.one)
 
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
@@ -141,7 +138,7 @@ def main():
             write_rows(source, count)
             runs = []
             for _ in range(3 if count <= 50_000 else 1):   # a short run is measured three times; the fastest counts
-                seen = subprocess.run([sys.executable, __file__, '--one', str(source), '--processes', str(args.processes)],
+                seen = subprocess.run([sys.executable, __file__, '--one', str(source)],
                                       stdout=subprocess.PIPE, text=True, check=True)
                 runs.append(json.loads(seen.stdout.splitlines()[-1]))
             sizes.append(min(runs, key=lambda run: run['cpu_seconds']) | dict(file_bytes=source.stat().st_size))
@@ -151,13 +148,13 @@ def main():
     # Cost is processor time, of all processes: it does not depend on how many there are, or on what else is running.
     costs, walls = ([size[name] for size in sizes] for name in ('cpu_microseconds_per_row', 'microseconds_per_row'))
     report = dict(
-        against_the_post=versus, sizes=sizes, processes=args.processes,
+        against_the_post=versus, sizes=sizes,
         cost_ratio=round(costs[-1] / costs[0], 3), wall_ratio=round(walls[-1] / walls[0], 3),
         peak_bytes=max(size['peak_bytes'] for size in sizes),
         promises=dict(ten_times_the_post=versus['ratio'] >= 10 and versus['same_bytes'],
                       cost_flat_within_30_percent=.7 <= costs[-1] / costs[0] <= 1.3,
                       within_1_5_GB=all(size['peak_bytes'] <= 1.5e9 for size in sizes)),
-        versions={name: version(name) for name in ('kofinetune', 'datasets', 'pyarrow', 'pandas', 'numpy')},
+        versions={name: version(name) for name in ('kofinetune', 'pandas', 'numpy')},
         machine=dict(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count()))
     text = json.dumps(report, ensure_ascii=False)
     if args.json: args.json.write_text(text + '\n', encoding='utf-8', newline='\n')

@@ -21,7 +21,6 @@ os.environ |= dict(OMP_NUM_THREADS='1', TQDM_DISABLE='1', TRANSFORMERS_VERBOSITY
                    BITSANDBYTES_NOWELCOME='1', COLUMNS='200')
 
 from kofinetune import base, cli, data, runs
-from kofinetune.base import packaged_files
 from kofinetune.runs import COMMANDS, file_hashes, working_on, write_json, write_jsonl
 from kofinetune.data import load_rows
 
@@ -380,11 +379,10 @@ def can_mount(scratch):
 
 
 def large_source(bench, chance, times):
-    "Rows prepared on disk, by two worker processes that outlive a killed parent for a moment."
+    "Rows prepared on disk, line by line."
     source = write_jsonl(load_rows('rehearsal') * 3, bench.work/'large.jsonl')
     args = ['data', '--run', 'run', '--recipe', 'rehearsal', '--set', f'source={source}', '--set', 'valid_rows=8']
-    parts = data.file_parts
-    before = [patched(data, LARGE=0, file_parts=lambda path: parts(path, 1 << 16))]
+    before = [patched(data, _LARGE=0)]
     reference = bench.work/'large'
     job = Job(bench, ['data', '--run', 'large', *args[3:]], before)
     if job.wait(): raise SystemExit(job.text)
@@ -429,7 +427,7 @@ def downloads(bench, chance):
     Server.body = write_jsonl(load_rows('rehearsal')[:80], bench.work/'remote.jsonl').read_bytes()
     server = Quiet(('127.0.0.1', 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(Server.body), licence='')}
+    source = {'koalpaca-v1.0': dict(url=f'http://127.0.0.1:{server.server_port}/remote.jsonl', blob=data.git_blob_id(bench.work/'remote.jsonl'), licence='')}
     import pooch.downloaders
     cache = bench.scratch/'cache'
     def before():
@@ -734,7 +732,7 @@ def main():
             part('download', downloads, chance)
         if 'train' in wanted: part('hub', hub_download)
         if args.gemma:
-            try: packaged_files('gemma-3-270m-q4')
+            try: base._packaged_files('gemma-3-270m-q4')
             except FileNotFoundError as e: not_tried.append(f'real Gemma ({e})')
             else: part('gemma', gemma_kills, random.Random(f'{args.seed} gemma'), args.gemma)
         else: not_tried.append('real Gemma; with --gemma 3')

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from kofinetune.runs import VERSIONED, read_jsonl, read_manifest, write_json
-from kofinetune.base import faster_dtype
+from kofinetune.base import _auto_dtype
 
 BASE = 'gemma-3-270m-q4'
 
@@ -100,7 +100,7 @@ def main():
     args = parser.parse_args()
     found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').is_file() else None
     flags = [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in Path('/proc/cpuinfo').read_text().split()] if found else []
-    result = dict(machine=dict(processor=found[1] if found else platform.machine(), flags=flags, cores=os.cpu_count(), faster_dtype=faster_dtype(),
+    result = dict(machine=dict(processor=found[1] if found else platform.machine(), flags=flags, cores=os.cpu_count(), faster_dtype=_auto_dtype(),
                                bf16_gflops=gflops()), versions={p: version(p) for p in VERSIONED})
     with tempfile.TemporaryDirectory(prefix='gemma-') as scratch, ollama(Path(scratch)):
         parts = dict(laptop=lambda: laptop(args.run or Path(scratch)/'laptop'), best=lambda: best(Path(scratch)/'best', args.rows))

@@ -14,19 +14,20 @@ STYLES = ('alpaca', 'blog')
 
 def format_prompt(
     row: dict,              # instruction and input
-    style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': not where it is empty
+    style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': where needed
 ) -> str:                   # what the model sees; the answer starts right behind it
     "Write `row` as the text that the model has to continue."
     if style not in STYLES:
         raise ValueError(f'style is {style!r}; it is one of {", ".join(STYLES)}')
+    given = row.get('input', '')
     text = INSTRUCTION_HEAD + row['instruction'] + SECTION_GAP
-    if style == 'blog' or row.get('input'): text += INPUT_HEAD + row.get('input', '') + SECTION_GAP
+    if given or style == 'blog': text += INPUT_HEAD + given + SECTION_GAP
     return text + RESPONSE_HEAD
 
 # %% ../nbs/prompt.ipynb #12253fa5
 def format_answer(
     row: dict,              # with an output
-    style: str = 'alpaca',  # 'blog': the answer ends in a newline, as in the post's training text
-) -> str:                   # the text that the model has to write, without its terminator
+    style: str = 'alpaca',  # 'blog': the answer ends in a newline, as the post's does
+) -> str:                   # what the model has to write, without its terminator
     "Take the answer out of `row`."
     return row['output'] + ('\n' if style == 'blog' else '')

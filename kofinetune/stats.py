@@ -6,7 +6,16 @@
 __all__ = ['summarize', 'paired_difference', 'exact_match', 'share_ci', 'match_by_kind']
 
 # %% ../nbs/stats.ipynb #4082691e
-import math
+import numpy as np
+
+# %% ../nbs/stats.ipynb #e10f3687
+def _bootstrap(table, measure, seed):
+    "Measure the sums of a table's columns, with 95 % intervals over its rows."
+    rows = len(table)
+    times = np.random.default_rng(seed).multinomial(rows, [1 / rows] * rows, size=1000)
+    values = {name: float(value) for name, value in measure(table.sum(0)).items()}
+    return values | {f'{name}_ci': np.quantile(drawn, [.025, .975]).tolist()
+                     for name, drawn in measure(times @ table).items()}
 
 # %% ../nbs/stats.ipynb #72b2c079
 def summarize(
@@ -14,44 +23,34 @@ def summarize(
     seed: int = 0,              # of the bootstrap
 ) -> dict:                      # the four measures, each with *_ci; rows, left_out
     "Average scores over all answer tokens, with 95 % bootstrap intervals over rows."
-    import numpy as np
-    kept = [s for s in scores if s]
+    kept = [(s['nll'], s['tokens'], s['correct'], s['bytes']) for s in scores if s]
     if not kept:
-        raise ValueError(f'none of the {len(scores)} rows could be scored; raise max_length')
-    table = np.array([[s[name] for name in ('nll', 'tokens', 'correct', 'bytes')] for s in kept],
-                     dtype=float)
+        raise ValueError(f'none of the {len(scores)} rows could be scored; '
+                         'raise max_length')
     def measure(sums):
         nll, tokens, correct, size = sums.T
         return dict(answer_nll=nll / tokens, perplexity=np.exp(nll / tokens),
                     token_accuracy=correct / tokens,
-                    bits_per_byte=nll / math.log(2) / np.maximum(size, 1))
-    times = np.random.default_rng(seed).multinomial(len(kept), [1 / len(kept)] * len(kept),
-                                                    size=1000)
-    result = {name: float(value) for name, value in measure(table.sum(0)).items()}
-    result |= {f'{name}_ci': np.quantile(drawn, [.025, .975]).tolist()
-               for name, drawn in measure(times @ table).items()}
-    return result | dict(rows=len(kept), left_out=len(scores) - len(kept))
+                    bits_per_byte=nll / np.log(2) / np.maximum(size, 1))
+    return _bootstrap(np.array(kept, dtype=float), measure, seed) | dict(
+        rows=len(kept), left_out=len(scores) - len(kept))
 
 # %% ../nbs/stats.ipynb #27b77bde
 def paired_difference(
     first: list[dict], second: list[dict],  # scores of the same rows, in the same order
     above: str,                             # what is summed: 'nll', 'correct', ...
-    below: str | None,                      # and divided by: 'tokens', 'bytes'; None: the rows
+    below: str,                             # and divided by: 'tokens', 'bytes', ...
     seed: int = 0,
-) -> dict:                                  # difference (second - first), difference_ci (95 %)
+) -> dict:                                  # difference (second - first), difference_ci
     "Bootstrap the difference of two ratios over the rows that both were scored on."
-    import numpy as np
     if len(first) != len(second):
         raise ValueError(f'{len(first)} rows against {len(second)}: a pair needs both')
-    def column(scores, name): return np.array([s[name] if name else 1.0 for s in scores],
-                                              dtype=float)
-    tops, bottoms = [np.array([column(scores, name) for scores in (first, second)]).T
-                     for name in (above, below)]
-    def differ(times): return (times @ tops / (times @ bottoms)) @ [-1, 1]
-    times = np.random.default_rng(seed).multinomial(len(first), [1 / len(first)] * len(first),
-                                                    size=1000)
-    return dict(difference=float(differ(np.ones(len(first)))),
-                difference_ci=np.quantile(differ(times), [.025, .975]).tolist())
+    columns = [[s[name] for s in scores]
+               for scores in (first, second) for name in (above, below)]
+    def measure(sums):
+        top, bottom, other_top, other_bottom = sums.T
+        return dict(difference=other_top / other_bottom - top / bottom)
+    return _bootstrap(np.array(columns, dtype=float).T, measure, seed)
 
 # %% ../nbs/stats.ipynb #8b0fbee6
 def exact_match(
@@ -61,21 +60,24 @@ def exact_match(
     "Say whether `answer` is the row's output, apart from white space around it."
     return answer.strip() == row['output'].strip()
 
+# %% ../nbs/stats.ipynb #0ffac31b
 def share_ci(
     hits: int,
     of: int,         # how many could have been hits
 ) -> list[float]:    # low and high, 95 %
     "Give a share Wilson's interval."
     from scipy.stats import binomtest
-    return [float(q) for q in binomtest(hits, of).proportion_ci(method='wilson')]
+    return list(map(float, binomtest(hits, of).proportion_ci(method='wilson')))
 
+# %% ../nbs/stats.ipynb #22162294
 def match_by_kind(
     rows: list[dict],                 # with kind
     answers: dict[str, list[dict]],   # model name -> what `generate` returns
 ):                                    # a DataFrame: kinds down, models across, rows
     "Count exact matches for each kind of task."
     import pandas as pd
-    table = pd.DataFrame({'kind': [r['kind'] for r in rows]} |
-                         {name: [exact_match(r, a['answer']) for r, a in zip(rows, made)]
-                          for name, made in answers.items()})
-    return table.groupby('kind').mean().assign(rows=table.groupby('kind').size())
+    table = pd.DataFrame({
+        name: [exact_match(row, a['answer']) for row, a in zip(rows, made, strict=True)]
+        for name, made in answers.items()})
+    kinds = table.groupby([row['kind'] for row in rows])
+    return kinds.mean().assign(rows=kinds.size()).rename_axis('kind')

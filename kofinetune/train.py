@@ -16,7 +16,7 @@ from .prompt import format_answer, format_prompt
 from .recipe import TRAINER, Recipe, nearest
 from .runs import (need, progress, quiet, rank, read_jsonl, stage_inputs,
                              world_size, write_json, write_jsonl)
-from .base import (base_name, is_sharded, load_base, load_model,
+from .base import (base_name, is_sharded, load_base,
                              load_tokenizer, peak_memory, pick_device, refuse_pickles,
                              settle_dtype)
 from .checkpoints import (CALIBRATION, make_callbacks, open_checkpoints,
@@ -413,7 +413,7 @@ def load_tuned(
     from peft import PeftModel
     folder, recipe = need(run, 'adapter'), settle_dtype(recipe, run)
     if recipe.adapter == 'none':
-        return load_model(recipe, 'none', path=folder), load_tokenizer(recipe)
+        return load_base(recipe, 'none', path=folder)
     model, tok = load_base(recipe)
     refuse_pickles(folder, f'{folder}')
     return PeftModel.from_pretrained(model, folder), tok

@@ -4,12 +4,12 @@ import json, random, unicodedata
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kofinetune import data
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, write_jsonl
-from kofinetune.audit import (DETECTORS, FILE_DETECTORS, astray_batch, astray_batches, audit, exact_duplicate,
-                              near_duplicate, overlap, shingles, similar_pairs)
-from kofinetune.data import clean_rows, file_parts, prepare, prepare_large, read_rows, validate_rows
+from kofinetune.audit import DETECTORS, FILE_DETECTORS, astray_batches, audit, similar_pairs
+from kofinetune.data import clean_rows, prepare
+from kofinetune.formats import read_rows, validate_rows
+from kofinetune.large import prepare_large
 
 relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -38,7 +38,7 @@ def test_astray_batches_are_the_three_that_a_reader_finds(real, flags):
 def test_astray_batches_are_found_where_rows_are_missing(real):
     draw = random.Random(5)
     kept = [i for i in range(len(real)) if draw.random() > .05]
-    found = {kept[i] for i in astray_batch([real[i] for i in kept])}
+    found = {kept[i] for i in FILE_DETECTORS['astray_batch']([real[i] for i in kept])}
     astray = {*range(70, 80), *range(2740, 2750), *range(5140, 5150)}
     assert found <= astray and len(found) >= .8 * len(astray & set(kept)) - 3
 
@@ -46,7 +46,7 @@ def test_astray_batches_are_found_where_rows_are_missing(real):
 @pytest.mark.koalpaca
 @pytest.mark.parametrize('seed', range(3))
 def test_shuffled_rows_have_no_batches(real, seed):
-    assert astray_batch(random.Random(seed).sample(real, len(real))) == []
+    assert FILE_DETECTORS['astray_batch'](random.Random(seed).sample(real, len(real))) == []
 
 
 @pytest.mark.koalpaca
@@ -86,10 +86,15 @@ def test_every_detector_is_shown_here(): assert set(PAIRS) == set(DETECTORS)
 
 def test_near_duplicates_need_the_same_answer():
     rows = [ask(), ask('수도는, 어디인가요'), ask('수도는 어디에 있나요?', output='한강 옆입니다.'), ask()]
-    assert near_duplicate(rows) == [1] and exact_duplicate(rows) == [3]
+    assert FILE_DETECTORS['near_duplicate'](rows) == [1] and FILE_DETECTORS['exact_duplicate'](rows) == [3]
 
 
 text = st.text(alphabet='가나다라마바사 ab1.,', min_size=1, max_size=30)
+
+
+def shingles(text):
+    text = ''.join(filter(str.isalnum, text))
+    return {text[i:i + 3] for i in range(max(len(text) - 2, 1))} - {''}
 
 
 @relaxed
@@ -97,7 +102,8 @@ text = st.text(alphabet='가나다라마바사 ab1.,', min_size=1, max_size=30)
 def test_similar_pairs_are_measured_exactly_and_point_back(texts):
     for i, j, share in similar_pairs(texts, .5):
         assert j < i and share >= .5
-        assert share == overlap(shingles(texts[i]), shingles(texts[j]))
+        a, b = shingles(texts[i]), shingles(texts[j])
+        assert share == len(a & b) / len(a | b)
 
 
 any_text = st.text(max_size=20)
@@ -235,16 +241,7 @@ def test_any_bytes_end_in_a_report_or_one_line(body, suffix, tmp_path):
 
 # ---- more rows than memory
 
-@relaxed
-@given(body=st.lists(st.binary(max_size=30).map(lambda b: b.replace(b'\n', b' ')), max_size=20).map(b'\n'.join), size=st.integers(1, 60))
-def test_parts_are_the_file_and_end_where_lines_end(body, size, tmp_path):
-    (tmp_path/'a.jsonl').write_bytes(body)
-    parts = [body[a:b] for _, a, b in file_parts(tmp_path/'a.jsonl', size)]
-    assert b''.join(parts) == body and all(part.endswith(b'\n') for part in parts[:-1])
-
-
-def test_large_and_small_ways_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, 'file_parts', lambda path: file_parts(path, 2000))
+def test_large_and_small_ways_agree(tmp_path):
     draw, rows = random.Random(0), []
     for i in range(300):
         again = rows and draw.random() < .1

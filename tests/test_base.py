@@ -254,7 +254,7 @@ def test_the_lock_names_every_part_with_its_hash():
 def test_a_finished_run_asks_for_no_room(rehearsal_run, tmp_path, monkeypatch):
     "The same command again, on a full disk: nothing is made, so nothing is refused; with --force it is."
     from kofinetune import cli
-    monkeypatch.setattr(base, 'base_bytes', lambda name: 1 << 60)
+    monkeypatch.setattr(base, '_base_bytes', lambda name: 1 << 60)
     monkeypatch.setattr(sys, 'argv', ['kofinetune', 'run', '--recipe', 'rehearsal', '--run', str(rehearsal_run)])
     try: cli.main()
     except SystemExit as e: assert not e.code

@@ -8,9 +8,10 @@ from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl
 from kofinetune.train import answer_nll
-from kofinetune.bench import BENCHMARKS, benchmark, choice_task, load_tasks, run_tasks
+from kofinetune.bench import benchmark, choice_task
 from kofinetune.train import load_tuned
 
+BENCHMARKS = ('kobest', 'haerae', 'kmmlu')
 lm_eval = pytest.importorskip('lm_eval', reason="lm-eval is missing; pip install 'kofinetune[bench]'")
 
 # A few rows of our own in the form of each data set (made up for this test; not the benchmarks' rows).
@@ -30,26 +31,27 @@ def tuned(rehearsal_run): return load_tuned(Recipe.named('rehearsal'), rehearsal
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_the_harness_asks_its_own_tasks(name, tuned):
+def test_the_harness_asks_its_own_tasks(name, rehearsal_run):
     from datasets import Dataset
     rows, choices, (context, first) = ROWS[name]
     data = {split: Dataset.from_list(rows) for split in ('train', 'validation', 'test', 'dev')}
-    tasks = load_tasks(name, custom_dataset=lambda **_: data)
-    seen = run_tasks(*tuned, tasks)
+    task = dict(task=name, custom_dataset=lambda **_: data)
+    seen = benchmark(Recipe.named('rehearsal'), rehearsal_run, [task])[name]['tuned']
     assert seen['rows'] == len(rows) and seen['chance'] == 1 / choices and len(seen['correct']) == len(rows)
     assert seen['prompt'][0].rstrip().endswith(context) and seen['prompt'][1].strip() == first.strip(), seen['prompt']
     assert seen['versions']['lm-eval'] == lm_eval.__version__ and seen['versions'][name] in (1.0, 2.0)
 
 
 @pytest.mark.parametrize('name', BENCHMARKS)
-def test_without_its_data_a_benchmark_fails_in_one_line(name, monkeypatch):
+def test_without_its_data_a_benchmark_fails_in_one_line(name, rehearsal_run, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('datasets.config.HF_HUB_OFFLINE', True)
-    with pytest.raises(RuntimeError, match=f'the data of {name} could not be loaded .*network') as e: load_tasks(name)
+    with pytest.raises(RuntimeError, match=f'the data of {name} could not be loaded .*network') as e:
+        benchmark(Recipe.named('rehearsal'), rehearsal_run, [name])
     assert '\n' not in str(e.value)
 
 
-def test_the_groups_hold_the_tasks_that_are_known_by_these_names():
+def test_the_groups_hold_the_tasks_that_are_known_by_these_names(rehearsal_run):
     from pathlib import Path
     from lm_eval.tasks import TaskManager
     folders = [Path(lm_eval.__file__).parent/'tasks'/name for name in BENCHMARKS]
@@ -57,7 +59,8 @@ def test_the_groups_hold_the_tasks_that_are_known_by_these_names():
     assert set(BENCHMARKS) <= set(known.all_groups)
     leaves = [t for t in known.all_subtasks if t.startswith(BENCHMARKS)]
     assert sum(t.startswith('kobest_') for t in leaves) == 5 and sum(t.startswith('haerae_') for t in leaves) == 5
-    with pytest.raises(ValueError, match="no benchmark 'mmlu'; there are kobest, haerae, kmmlu"): load_tasks('mmlu')
+    with pytest.raises(ValueError, match="no benchmark 'mmlu'; there are kobest, haerae, kmmlu"):
+        benchmark(Recipe.named('rehearsal'), rehearsal_run, ['mmlu'])
 
 
 def test_rows_of_our_own_on_base_and_tuned(rehearsal_run, tuned, tmp_path):

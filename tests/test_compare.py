@@ -21,7 +21,7 @@ from kofinetune.train import finetune
 
 @pytest.fixture(scope='session')
 def ablation():
-    "The two small runs of notebook 04: the answer graded, and everything graded."
+    "The two small runs of notebook 04: the loss on the answer alone, and on everything."
     runs = {loss: ROOT/'runs'/f'ablation-{loss}' for loss in ('answer', 'whole')}
     for loss, run in runs.items():
         recipe = Recipe.named('rehearsal').replace(name=f'ablation-{loss}', loss=loss, rows=400, valid_rows=100, epochs=1.0,
@@ -36,7 +36,7 @@ def kofinetune(*args, cwd):
 
 
 def copied(run, where, rows=None):
-    "A copy of what a comparison reads, perhaps judged on other rows: `rows` takes a list of (answer, score)."
+    "A copy of what a comparison reads, perhaps evaluated on other rows: `rows` takes a list of (answer, score)."
     for name in ('adapter', 'data', 'eval'): shutil.copytree(run/name, where/name)
     for name in ('recipe.json', 'manifest.json'): shutil.copyfile(run/name, where/name)
     if rows:
@@ -66,10 +66,10 @@ def test_the_command_prints_and_writes_what_the_reports_say(ablation, tmp_path):
     assert low <= difference['difference'] <= high
 
 
-def test_rows_that_not_every_run_was_judged_on_are_left_out_and_counted(ablation, tmp_path):
+def test_rows_that_not_every_run_was_evaluated_on_are_left_out_and_counted(ablation, tmp_path):
     few = copied(ablation['whole'], tmp_path/'few', lambda pairs: pairs[:60])
     result = compare_runs([ablation['answer'], few])
-    assert result['rows'] == 60 and result['notes'][0] == 'ablation-answer: 100 rows were judged, 60 of them by every run'
+    assert result['rows'] == 60 and result['notes'][0] == 'ablation-answer: 100 rows were evaluated, 60 of them by every run'
     other = copied(ablation['whole'], tmp_path/'other', lambda pairs: [(a | dict(instruction='다른 질문'), s) for a, s in pairs])
     with pytest.raises(ValueError, match='share none'): compare_runs([ablation['answer'], other])
     backwards = copied(ablation['whole'], tmp_path/'backwards', lambda pairs: pairs[::-1])

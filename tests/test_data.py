@@ -44,6 +44,14 @@ def test_best_drops_only_what_the_audit_names(koalpaca, tmp_path):
     assert all(side[question(both[i])] == side[question(both[j])] for i, j in near_pairs(both))
 
 
+def blob_id(body, folder):
+    path = folder/'body'
+    path.write_bytes(body)
+    seen = git_blob_id(path)
+    path.unlink()
+    return seen
+
+
 @pytest.fixture
 def server(tmp_path):
     "A loopback server whose files can change; yields (address, dict of path -> bytes, list of paths asked for)."
@@ -70,7 +78,7 @@ def test_download_is_checked_kept_and_not_asked_for_again(server, tmp_path, monk
     monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
     address, files, asked = server
     files['/rows.json'] = '[{"instruction": "안녕?", "output": "네."}]'.encode()
-    blob = git_blob_id(files['/rows.json'])
+    blob = blob_id(files['/rows.json'], tmp_path)
     first, second = (fetch(f'{address}/rows.json', blob) for _ in range(2))
     assert first == second and first.read_bytes() == files['/rows.json'] and asked == ['/rows.json']
 
@@ -79,7 +87,8 @@ def test_moved_file_is_refused_with_both_ids_and_leaves_nothing(server, tmp_path
     monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
     address, files, _ = server
     files['/rows.json'] = b'[]'
-    with pytest.raises(ValueError, match=f'{git_blob_id(b"[]")}.*{"0" * 40}'): fetch(f'{address}/rows.json', '0' * 40)
+    with pytest.raises(ValueError, match=f'0637a088a01e8ddab3bf3fa98dbe804cbde1a0dc.*{"0" * 40}'):   # git's id of []
+        fetch(f'{address}/rows.json', '0' * 40)
     assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['.lock']
 
 
@@ -99,11 +108,11 @@ def test_download_that_breaks_off_leaves_nothing_and_works_the_next_time(tmp_pat
 
     httpd = http.server.HTTPServer(('127.0.0.1', 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    url = f'http://127.0.0.1:{httpd.server_port}/rows.json'
+    url, blob = f'http://127.0.0.1:{httpd.server_port}/rows.json', blob_id(body, tmp_path)
     with pytest.raises(RuntimeError, match='could not be downloaded.*try again with a network'):
-        fetch(url, git_blob_id(body))
+        fetch(url, blob)
     assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['.lock']
-    assert fetch(url, git_blob_id(body)).read_bytes() == body
+    assert fetch(url, blob).read_bytes() == body
     httpd.shutdown()
 
 
@@ -117,7 +126,7 @@ def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path, monkey
 def test_git_agrees_on_the_blob_id(tmp_path):
     body = '한글\n'.encode()
     seen = subprocess.run(['git', 'hash-object', '--stdin'], input=body, capture_output=True, check=True).stdout
-    assert git_blob_id(body) == seen.decode().strip()
+    assert blob_id(body, tmp_path) == seen.decode().strip()
 
 
 row = st.fixed_dictionaries(dict(instruction=st.text(min_size=1, max_size=4), input=st.text(max_size=2), output=st.text(max_size=4)))
@@ -140,7 +149,7 @@ def test_manifest_says_where_the_rows_came_from(tmp_path):
     prepare(Recipe.named('rehearsal').replace(source=str(source), valid_rows=0), tmp_path/'run')
     seen = runs.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
     body = source.read_bytes()
-    assert seen == dict(source=str(source), url=None, git_blob=git_blob_id(body), sha256=hashlib.sha256(body).hexdigest(),
+    assert seen == dict(source=str(source), url=None, git_blob=git_blob_id(source), sha256=hashlib.sha256(body).hexdigest(),
                         bytes=len(body), licence='as its owner says')
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from importlib.resources import files
 
 import jsonschema
 import numpy as np
@@ -15,10 +16,11 @@ from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.stats import exact_match, paired_difference, share_ci, summarize
 from kofinetune.train import answer_nll, generate
-from kofinetune.report import REPORT_SCHEMA, compare_runs, headline
-from kofinetune.eval import evaluate, outcome, side_by_side
+from kofinetune.report import compare_runs, headline
+from kofinetune.eval import evaluate, side_by_side
 from kofinetune.train import encode
 
+SCHEMA = json.loads((files('kofinetune')/'assets'/'report.schema.json').read_text(encoding='utf-8'))
 MODELS = ['base', 'tuned', 'merged', 'gguf-bf16', 'gguf-q8_0']
 
 
@@ -76,8 +78,8 @@ def test_a_paired_difference_is_surer_than_its_parts():
 
 
 def test_report_json_is_as_its_schema_says(report):
-    jsonschema.Draft202012Validator.check_schema(REPORT_SCHEMA)
-    jsonschema.validate(report, REPORT_SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(report, SCHEMA)
     assert list(report['models']) == MODELS
     assert list(report['differences']) == ['tuned - base', 'merged - tuned', 'gguf-bf16 - merged', 'gguf-q8_0 - merged']
     for model in report['models'].values():
@@ -94,7 +96,7 @@ def test_a_report_that_breaks_the_schema_is_refused(report, where, value):
     for key in where[:-1]: at = at[key]
     if value is None: del at[where[-1]]
     else: at[where[-1]] = value
-    with pytest.raises(jsonschema.ValidationError): jsonschema.validate(broken, REPORT_SCHEMA)
+    with pytest.raises(jsonschema.ValidationError): jsonschema.validate(broken, SCHEMA)
 
 
 def test_report_counts_what_the_answers_say(report, rehearsal_run):
@@ -107,7 +109,8 @@ def test_report_counts_what_the_answers_say(report, rehearsal_run):
     wrong = {r['kind'] for r in rows if not exact_match(r, r['tuned'])}
     assert set(report['failures']) == wrong and all(len(f) <= 5 for f in report['failures'].values())
     assert sum(report['outcomes'].values()) == len(rows) == report['rows']
-    assert report['outcomes']['worse'] == sum(outcome(r, r['base'], r['tuned']) == 'worse' for r in rows)
+    said = {name: [dict(answer=r[name]) for r in rows] for name in ('base', 'tuned')}
+    assert report['outcomes'] == dict(better=0, same=0, worse=0) | side_by_side(rows, said, n=len(rows)).outcome.value_counts().to_dict()
     for e in report['examples']: assert (e['base'], e['tuned']) == (rows[e['row']]['base'], rows[e['row']]['tuned'])
 
 

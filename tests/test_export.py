@@ -11,12 +11,13 @@ from kofinetune.prompt import STYLES, format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest
 from kofinetune.data import load_rows
-from kofinetune.gguffile import TYPES, check_gguf, read_config, read_gguf, read_tokens, write_gguf
+from kofinetune.gguffile import check_gguf, read_config, read_gguf, read_tokens, write_gguf
 from kofinetune.server import read_modelfile
 from kofinetune.proof import difficult_rows, own_rounding, proof_failures, reference_answers, serve_gguf, verify_gguf
 from kofinetune.export import export_ollama, verify_run
 from kofinetune.rehearsal import stand_in_base
 
+TYPES = dict(bf16='BF16', f16='F16', q8_0='Q8_0')   # what is written: GGML's name
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
              query_pre_attn_scalar=32, sliding_window=24, max_position_embeddings=32768)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import write_jsonl
-from kofinetune.data import FIELDS, read_rows, validate_rows
+from kofinetune.formats import FIELDS, read_rows, validate_rows
 from kofinetune.server import check_name, read_modelfile
 from kofinetune.export import modelfile, modelfile_value
 

@@ -8,13 +8,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import jsonschema
 import nbformat
 import pytest
-
-from kofinetune.report import REPORT_SCHEMA
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = re.compile(r'Gemma(?: 3)?(?: 270[Mm])?|gemma-3-270m[\w.-]*|Q\d_\w|SHA-256 \w+|Python 3\.\d+|KoAlpaca v1\.\d|CC BY-NC 4\.0|License 2\.0|4-bit|95 % intervals?|'
@@ -82,7 +81,7 @@ def test_readme_is_the_index_and_the_index_is_the_recorded_report(tmp_path):
 
 def test_the_recorded_run_keeps_its_promises(recorded):
     "Real Gemma, on rows that it did not train on: what README says of it is what the recipe is for."
-    jsonschema.validate(recorded, REPORT_SCHEMA)
+    jsonschema.validate(recorded, json.loads((files('kofinetune')/'assets'/'report.schema.json').read_text(encoding='utf-8')))
     base, tuned, cost = recorded['models']['base'], recorded['models']['tuned'], recorded['training']
     assert (recorded['recipe'], recorded['base'], recorded['rows'], recorded['held_out']) == ('laptop', 'gemma-3-270m-q4', 250, True)
     assert 'No number here is about the weights that Google published' in recorded['base_note']

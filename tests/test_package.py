@@ -39,7 +39,8 @@ def test_a_script_reads_naturally(tmp_path):
 
 # Who may import whom. What is reachable over any number of steps may be imported.
 ARROWS = dict(
-    prompt='', recipe='', korean='', stats='', runs='recipe', gguffile='runs', server='runs', audit='korean prompt', data='runs audit',
+    prompt='', formats='', recipe='formats', korean='', stats='', runs='recipe', gguffile='runs', server='runs', audit='korean prompt',
+    large='formats runs audit', data='large',
     rehearsal='data', base='gguffile rehearsal', checkpoints='runs', parallel='base', train='checkpoints parallel', merge='train',
     proof='train server', export='proof', report='stats runs', eval='export report', bench='eval', hub='export report', cli='hub bench merge')
 

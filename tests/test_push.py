@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
-from kofinetune.hub import card_data, model_card
+from kofinetune.hub import model_card
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_manifest
 
@@ -153,6 +154,7 @@ def test_the_card_says_what_was_measured(hub, run, tmp_path):
     report = json.loads((run/'eval'/'report.json').read_text(encoding='utf-8'))
     merged = report['models']['merged']
     claimed = {m['type']: m['value'] for m in data['model-index'][0]['results'][0]['metrics']}
+    assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results} == claimed      # the Hub's own library reads it
     assert claimed['answer_nll'] == round(merged['answer_nll'], 4) and claimed['exact_match'] == round(merged['exact_match'], 4)
     assert data['language'] == 'ko' and data['license'] == 'apache-2.0' and 'base_model' not in data
     low, high = merged['answer_nll_ci']
@@ -171,14 +173,12 @@ def test_the_code_on_the_card_runs(run, tmp_path):
 
 
 def test_a_model_of_gemma_and_koalpaca_carries_both_licences(run, tmp_path):
-    report = json.loads((run/'eval'/'report.json').read_text(encoding='utf-8'))
+    (run/'recipe.json').write_text(json.dumps(asdict(Recipe.named('best'))), encoding='utf-8')
     for what, relation in (('merged', 'finetune'), ('adapter', 'adapter')):
-        data = card_data(Recipe.named('best'), report, what, 'tuned', 'x').to_dict()
+        card = model_card(run, what, REPO)
+        data = yaml.safe_load(card.split('---')[1])
         assert data['license'] == 'other' and 'gemma' in data['license_name'] and 'cc-by-nc-4.0' in data['license_name']
         assert (data['base_model'], data['base_model_relation']) == ('google/gemma-3-270m', relation)
-    (run/'recipe.json').write_text(json.dumps(asdict(Recipe.named('best'))), encoding='utf-8')
-    for what in ('merged', 'adapter'):
-        card = model_card(run, what, REPO)
         assert 'CC BY-NC 4.0' in card and 'Gemma Terms of Use' in card and "google/gemma-3-270m" in card
 
 
