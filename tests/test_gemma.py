@@ -151,7 +151,7 @@ def test_an_answer_of_ollama_is_right_and_the_terms_travel(trained, ollama_serve
     from kofinetune.server import read_modelfile
     few = export.difficult_rows()[::3]
     monkeypatch.setattr(export, 'difficult_rows', lambda: few)
-    monkeypatch.setattr(export, 'rows_to_measure', lambda run, most, fill: rows_to_measure(run, 20, fill))
+    monkeypatch.setattr(export, 'rows_to_measure', lambda run, most, fill: rows_to_measure(run, 40, fill))
     monkeypatch.setattr(export, 'load_rows', lambda source: load_rows(source)[:200])
     recipe, run = trained
     made = export.export_ollama(recipe, run)
@@ -175,7 +175,7 @@ def test_one_wrong_row_of_one_matrix_is_refused(trained, tmp_path):
     merged, path = trained[1]/'merged', tmp_path/'m.gguf'
     write_gguf(merged, path, 'bf16')
     assert check_gguf(merged, path, 'bf16')['different'] == []
-    prompts = [format_prompt(row) for row in read_jsonl(trained[1]/'data'/'valid.jsonl')[:8]]
+    prompts = [format_prompt(row) for row in read_jsonl(trained[1]/'data'/'valid.jsonl')]
     reference = reference_answers(merged, prompts, 8)
     own = own_rounding(merged, prompts, reference, 'bf16')
     assert proof_failures(verify_gguf(merged, path, prompts, len(prompts), 8, reference), 'bf16', own) == []
