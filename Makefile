@@ -15,7 +15,7 @@ notebooks: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing $$($(OLLAMA_UP) && echo --flags ollama)
 
 tests: $(READY)
-	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile tests
+	$(BIN)/pytest -q -rs --durations=15 -n 2 --dist loadfile --no-loadscope-reorder tests
 
 faults: $(READY)
 	$(BIN)/python benchmarks/faults.py --gemma 3 --json benchmarks/results/faults.json

@@ -1,7 +1,7 @@
 """The site: Sphinx reads the notebooks in nbs/ as they are. Build it in both languages with `make docs`.
 
 extensions/notebooks.py   nbdev's conventions become MyST's
-extensions/reference.py   API pages from the exported symbols, the index of symptoms, links from back-ticked names
+extensions/reference.py   API pages from docstrings and comments, the index of symptoms, links from back-ticked names
 extensions/messages.py    which texts are translated, and the translation of a whole notebook
 extensions/search.py      a search index that finds Korean inside words
 extensions/pages.py       what stands around a page: switch of language, buttons, notebooks, Markdown copies, llms.txt
@@ -17,7 +17,7 @@ from extensions.reference import linkcode_resolve   # noqa: E402, F401  sphinx.e
 
 project, author, release = settings['lib_name'], settings['author'], settings['version']
 copyright = settings['copyright']
-extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages',
+extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages',
               'sphinxext.opengraph', 'extensions.notebooks', 'extensions.reference', 'extensions.messages',
               'extensions.search', 'extensions.pages']
 exclude_patterns = ['.ipynb_checkpoints', '_*']
@@ -31,6 +31,11 @@ myst_heading_anchors = 3
 suppress_warnings = ['mystnb.unknown_mime_type']
 python_use_unqualified_type_names = True
 add_module_names = False
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'description'        # beside what the comment of a parameter says
+autodoc_typehints_format = 'short'
+autodoc_preserve_defaults = True
+default_role = 'literal'                 # docstrings have Markdown's back-ticks
 
 language = 'ko' if tags.has('ko') else 'en'   # noqa: F821  Sphinx gives `tags`
 locale_dirs = [str(docs/'locale')]

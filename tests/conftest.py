@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'koalpaca: needs the 8,000 real KoAlpaca rows beside the checkout, or $KOFINETUNE_KOALPACA')
     config.addinivalue_line('markers', 'gemma: needs real Gemma 3 270M, from the wheels of the extra gemma')
     config.addinivalue_line('markers', 'ollama: needs an Ollama server, or the ollama program')
+
+
+# The files that take longest, longest first: a worker that begins one of them last would work on it alone.
+LONGEST = ('test_gemma.py', 'test_lab.py', 'test_site.py', 'test_notebooks.py', 'test_ollama.py', 'test_faults.py', 'test_merge.py',
+           'test_resume.py', 'test_distributed.py', 'test_pipeline.py')
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope='session')
@@ -75,15 +85,21 @@ def vouch(run, name):
 
 @pytest.fixture(scope='session')
 def ollama_server(tmp_path_factory):
-    "The host of a real Ollama server: the one that OLLAMA_HOST names, or one of our own with its own models folder."
+    "The host of a real Ollama server: the one that OLLAMA_HOST names, or one of our own."
     from kofinetune.server import server_version
     if os.environ.get('OLLAMA_HOST') and server_version(): yield os.environ['OLLAMA_HOST']; return
+    with own_ollama(tmp_path_factory.mktemp('ollama')) as host: yield host
+
+
+@contextmanager
+def own_ollama(folder):
+    "Serve Ollama with its own models folder while the block runs; OLLAMA_HOST names it."
+    from kofinetune.server import server_version
     program = ollama_program()
     if not program:
         reason = 'no Ollama server at $OLLAMA_HOST and no ollama program on PATH or in Go\'s bin folder; .ci/ollama builds one'
         if os.environ.get('CI') == 'true' and shutil.which('go'): pytest.fail(reason + ' (CI=true and go is there, so this is no skip)')
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp('ollama')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); host = f'127.0.0.1:{s.getsockname()[1]}'
     env = os.environ | dict(OLLAMA_HOST=host, OLLAMA_MODELS=str(folder/'models'), HOME=str(folder), OLLAMA_NUM_PARALLEL='1')
     with (folder/'serve.log').open('w') as log, pytest.MonkeyPatch.context() as patch:

@@ -15,7 +15,7 @@ from conftest import ROOT
 from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, write_jsonl
-from kofinetune.data import load_rows, prepare
+from kofinetune.data import load_rows, prepare, rows_to_measure
 
 pytestmark = pytest.mark.gemma
 GOLDEN = ROOT.parent/'shared'/'gemma'/'golden_tokens.json'
@@ -144,18 +144,23 @@ def test_ten_steps_lower_the_loss(trained):
     assert metrics['peak_memory_bytes'] < 5e9 and metrics['trainable_parameters'] == 3_796_992
 
 
-def test_an_answer_of_ollama_is_right_and_the_terms_travel(trained, ollama_server):
+def test_an_answer_of_ollama_is_right_and_the_terms_travel(trained, ollama_server, monkeypatch):
+    "Proved on fewer prompts than an export is: the long form, and every export, take them all."
     import ollama
+    from kofinetune import export
     from kofinetune.server import read_modelfile
-    from kofinetune.export import export_ollama
+    few = export.difficult_rows()[::3]
+    monkeypatch.setattr(export, 'difficult_rows', lambda: few)
+    monkeypatch.setattr(export, 'rows_to_measure', lambda run, most, fill: rows_to_measure(run, 40, fill))
+    monkeypatch.setattr(export, 'load_rows', lambda source: load_rows(source)[:200])
     recipe, run = trained
-    made = export_ollama(recipe, run)
+    made = export.export_ollama(recipe, run)
     assert made['registered'] and made['failed'] == []
     greedy = json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))['greedy']
     assert greedy['equal'] + greedy['ties'] + greedy['different'] == greedy['checked'] and len(greedy['parted']) == greedy['ties'] + greedy['different']
     rows = read_jsonl(run/'data'/'valid.jsonl')
-    said = [ollama.Client().generate(made['name'], row['instruction'], system=row['input']).response for row in rows]
-    assert any(answer == row['output'] for answer, row in zip(said, rows)), said
+    def answer(row): return ollama.Client().generate(made['name'], row['instruction'], system=row['input']).response
+    assert any(answer(row) == row['output'] for row in rows)
     licence = read_modelfile((run/'ollama'/'Modelfile').read_text(encoding='utf-8'))['license']
     assert any('Gemma Terms of Use' in text for text in licence)
     ollama.Client().delete(made['name'])

@@ -70,13 +70,13 @@ def test_whole_model_training_goes_all_the_way(tmp_path, rehearsal_run):
 
 @pytest.mark.koalpaca
 def test_blog_settings_on_real_rows(koalpaca, tmp_path, ollama_server):
-    "2,000 real rows through the post's settings on the stand-in base, and a question to the real server."
+    "320 real rows through the post's settings on the stand-in base, and a question to the real server."
     import ollama
-    recipe = Recipe.named('blog').replace(name='blog-rehearsal', source=str(koalpaca), rows=2000, base='rehearsal', revision='',
-                                          max_new_tokens=48, eval_rows=50)
+    recipe = Recipe.named('blog').replace(name='blog-rehearsal', source=str(koalpaca), rows=320, base='rehearsal', revision='',
+                                          gguf=('q8_0',), max_new_tokens=48, eval_rows=20)
     for do in STAGES: do(recipe, tmp_path)
     metrics = json.loads((tmp_path/'adapter'/'metrics.json').read_text(encoding='utf-8'))
-    assert metrics['steps'] == 375 and metrics['rows'] == 2000
+    assert metrics['steps'] == 60 and metrics['rows'] == 320
     for key in ('train_runtime', 'train_samples_per_second', 'train_steps_per_second', 'train_loss', 'num_tokens', 'mean_token_accuracy', 'epoch'):
         assert metrics[key] > 0
     losses = [e['loss'] for e in read_jsonl(tmp_path/'adapter'/'log.jsonl') if 'loss' in e]

@@ -20,9 +20,9 @@ class MarkUntranslated(SphinxTransform):
 
     def apply(self):
         for node in self.document.findall(nodes.TextElement):
-            if isinstance(node, nodes.Inline): continue
+            if isinstance(node, nodes.Inline) and 'translatable' not in node: continue   # the text of a field has it
             words = re.search('[A-Za-z]{2}', NO_WORDS.sub(' ', node.rawsource or node.astext()))
-            if not words or is_printed(node): node['translatable'] = False
+            if not words or is_printed(node) or isinstance(node, nodes.field_name): node['translatable'] = False   # Sphinx has those names
 
 
 def is_printed(node):

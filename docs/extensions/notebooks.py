@@ -12,7 +12,7 @@ from nbdev.process import NBProcessor
 from settings import page_order
 
 from .messages import catalogue
-from .reference import modules, symbols
+from .reference import modules
 
 # What nbdev does for its own site, less what belongs to Quarto alone; show_doc is answered by reference.py.
 PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processors.add_show_docs, processors.strip_ansi,
@@ -102,7 +102,7 @@ def code(cell, alt, messages):
 def contents(folder):
     "Every page in its order, in groups with a caption each."
     lessons, more, parts = page_order()
-    groups = {'Lessons': lessons, 'More': more + ['troubleshooting'], 'Parts': parts, 'Reference': ['api/index', *(f'api/{name}' for name in modules() if symbols(name))]}
+    groups = {'Lessons': lessons, 'More': more + ['troubleshooting'], 'Parts': parts, 'Reference': ['api/index', *(f'api/{name}' for name in modules())]}
     return '\n\n'.join('```{toctree}\n:hidden:\n:caption: ' + caption + '\n\n' + '\n'.join(pages) + '\n```'
                        for caption, pages in groups.items())
 

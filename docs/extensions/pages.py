@@ -11,8 +11,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 from sphinx.locale import _
 
-from .messages import catalogue, translate_notebook
-from .reference import plain_markdown
+from .messages import catalogue, translate, translate_notebook
 
 PUBLISHED = 'gh-pages'   # the branch that the workflow publishes, where Colab finds the Korean notebooks
 FOUND = 'Search finished, found one page matching the search query.'
@@ -29,7 +28,7 @@ def add_context(app, pagename, templatename, context, doctree):
     if lost: context['twin'] = f'{settings["doc_baseurl"]}/ko/index.html'
     context['alternates'] = {} if lost else {'en': site + page, 'ko': f'{site}ko/{page}', 'x-default': site + page}
     context['lessons'] = sorted(name for name in app.env.found_docs if re.match(r'\d\d_', name))
-    context['markdown_copy'] = pagename in app.env.found_docs
+    context['markdown_copy'] = pagename in copied(app)
     notebook = Path(app.srcdir)/f'{pagename}.ipynb'
     if not notebook.is_file(): return
     colab = f'https://colab.research.google.com/github/{settings["user"]}/{settings["repo"]}/blob'
@@ -43,7 +42,7 @@ def write_files(app, exception):
     if exception or app.builder.name != 'html': return
     out, language = Path(app.outdir), app.config.language
     (out/'notebooks').mkdir(exist_ok=True)
-    for docname in sorted(app.env.found_docs):
+    for docname in copied(app):
         path = Path(app.env.doc2path(docname))
         if path.suffix == '.ipynb':
             before = path.read_bytes()
@@ -51,10 +50,20 @@ def write_files(app, exception):
             after = (json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n').encode()
             (out/'notebooks'/path.name).write_bytes(before if language == 'en' else after)
             text = notebook_markdown(notebook)
-        else: text = plain_markdown(path.read_text(encoding='utf-8'), docname, catalogue(language, docname))
+        else: text = plain_markdown(path.read_text(encoding='utf-8'), catalogue(language, docname))
         write(out/f'{docname}.md', text)
     write(out/'llms.txt', llms_txt(app))
     if language == 'ko': mend_plural(out/'_static'/'translations.js')
+
+
+def copied(app):
+    "The pages that have a Markdown copy. A page of the API has none: its notebook's copy holds the functions whole."
+    return ['index', *sorted(name for name in app.env.found_docs if name != 'index' and not name.startswith('api/'))]
+
+
+def plain_markdown(text, messages):
+    "A generated page as plain Markdown, translated."
+    return re.sub(r'project:/(\w+)\.ipynb', r'\1.md', translate(text.replace('{.lead}\n', ''), messages))
 
 
 def notebook_markdown(notebook):
@@ -73,7 +82,7 @@ def llms_txt(app):
     "The map of the site for language models (llmstxt.org): every page's Markdown copy, with a line on what it holds."
     settings, base = app.config.settings, app.config.html_baseurl
     lines = [f'# {settings["lib_name"]}', '', f'> {settings["description"]}', '', f'## {_("Pages")}', '']
-    for docname in ['index', *sorted(app.env.found_docs - {'index'})]:
+    for docname in copied(app):
         lead = next((n.astext() for n in app.env.get_doctree(docname).findall(lambda n: 'lead' in getattr(n, 'attributes', {}).get('classes', []))), '')
         lines.append(f'- [{app.env.titles[docname].astext()}]({base}{docname}.md)' + (f': {lead}' if lead else ''))
     return '\n'.join(lines) + '\n'

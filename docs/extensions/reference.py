@@ -1,11 +1,8 @@
-"API pages from nbdev's exported symbols, the page that gathers every notebook's symptoms, and links from back-ticked names."
-import ast
+"API pages from docstrings and comments, the page that gathers every notebook's symptoms, and links from back-ticked names."
 import importlib
 import inspect
 import json
 import re
-import textwrap
-from functools import cache
 from pathlib import Path
 
 from docutils import nodes
@@ -19,7 +16,6 @@ from settings import page_order, settings
 from .messages import catalogue, translate
 
 BLOB = f'{settings["git_url"]}/blob/{settings["branch"]}'
-EMPTY = inspect.Parameter.empty
 PACKAGE = 'kofinetune'
 SYMPTOMS = re.compile(r'^## What could go wrong\n(.*?)(?=^## |\Z)', re.M | re.S)
 
@@ -33,84 +29,28 @@ def modules():
     return dict(sorted(exported.items(), key=lambda pair: pair[1]))
 
 
-@cache
-def symbols(name):
-    "The functions and classes that one module exports."
-    module = importlib.import_module(f'{PACKAGE}.{name}')
-    found = {symbol: getattr(module, symbol) for symbol in module.__all__}
-    return {symbol: o for symbol, o in found.items() if inspect.isfunction(o) or inspect.isclass(o)}
+def document_parameters(app, what, name, symbol, options, lines):
+    "Add the comments beside the parameters to a docstring, as Sphinx's fields."
+    if what == 'module': lines.clear()   # the page's lead
+    if what not in ('function', 'method', 'class') or '.__' in name: return
+    for parameter, about in docments(symbol, full=True).items():
+        if not about.docment: continue
+        field = 'returns' if parameter == 'return' else f'param {parameter}'
+        lines += ['', f':{field}: ' + ' '.join(about.docment.split()).replace('*', r'\*')]
+        if what == 'class': lines.append(f':type {parameter}: {inspect.formatannotation(about.anno)} = {about.default!r}')
 
 
-@cache
-def full_names():
-    "The full name of every exported symbol, and of every method that is documented."
-    return {f'{PACKAGE}.{name}.{path}' for name in modules() for symbol, o in symbols(name).items()
-            for path in (symbol, *(f'{symbol}.{method}' for method in methods(o)))}
-
-
-def methods(symbol):
-    "A class's own documented methods."
-    if not inspect.isclass(symbol): return {}
-    own = {name: getattr(o, '__func__', o) for name, o in vars(symbol).items() if not name.startswith('_')}
-    return {name: o for name, o in own.items() if inspect.isfunction(o) and o.__doc__}
-
-
-def signature(name, symbol):
-    "How to call it, as its source spells it, without what only the command line wants to know."
-    node = definition(symbol)
-    if isinstance(node, ast.ClassDef): return name
-    for argument in node.args.args + node.args.kwonlyargs:
-        kind = argument.annotation
-        if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == 'Annotated': argument.annotation = kind.slice.elts[0]
-    return f'{name}({ast.unparse(node.args)})' + (f' -> {ast.unparse(node.returns)}' if node.returns else '')
-
-
-def definition(symbol): return ast.parse(textwrap.dedent(inspect.getsource(symbol))).body[0]
-
-
-def parameters(symbol):
-    "The table of its parameters, from the comments beside them; those of one line share its comment."
-    node, known, rows, before = definition(symbol), docments(symbol, full=True), [], []
-    if not any(about['docment'] for about in known.values()): return []
-    lines = {} if isinstance(node, ast.ClassDef) else {a.arg: a.lineno for a in node.args.args + node.args.kwonlyargs}
-    for name, about in known.items():
-        if name in ('self', 'cls', 'args', 'kwargs'): continue
-        before.append((name, about))
-        if not about['docment'] and lines.get(name): continue
-        shared = [pair for pair in before if lines.get(pair[0]) == lines.get(name)]
-        rows += [row([pair], '') for pair in before if pair not in shared]
-        if about['docment']: rows.append(row(shared, about['docment']))
-        before = []
-    rows += [row([pair], '') for pair in before]
-    return ['| parameter | type | default | what it is |', '|---|---|---|---|', *rows, '']
-
-
-def row(parameters, text):
-    "One line of that table."
-    names = ', '.join(literal(name) if name != 'return' else 'returns' for name, _ in parameters)
-    kinds = [literal(inspect.formatannotation(about['anno'])) for _, about in parameters if about['anno'] not in (EMPTY, type(None))]
-    defaults = [literal(repr(about['default'])) for _, about in parameters if about.get('default', EMPTY) is not EMPTY]
-    return f'| {names} | {", ".join(dict.fromkeys(kinds))} | {", ".join(defaults)} | {comment(text)} |'
-
-
-def literal(text): return '`' + ' '.join(text.split()).replace('|', '\\|') + '`'
-def comment(text): return ' '.join(text.split()).replace('|', '\\|').replace('<', '\\<')
-
-
-def entry(name, symbol, module, kind='function'):
-    "A directive of Sphinx's Python domain: signature, docstring, parameters, and a class's methods."
-    inner = [entry(f'{name}.{method}', o, module, 'method') for method, o in methods(symbol).items()]
-    fence = ':::' + ':' * bool(inner)
-    kind = 'class' if inspect.isclass(symbol) else kind
-    return '\n'.join([f'{fence}{{py:{kind}}} {signature(name, symbol)}', f':module: {module}', '',
-                      (inspect.getdoc(symbol) or '').replace('<', '\\<'), '', *parameters(symbol), *inner, fence, ''])
+def shorten_signature(app, what, name, symbol, options, signature, returned):
+    "A class by its name alone: its fields are listed with their defaults."
+    if what == 'class' and signature: return '', None
 
 
 def api_page(name, notebook):
     "The reference of one module."
     module = f'{PACKAGE}.{name}'
-    head = f'# `{module}`\n\n{{.lead}}\n{inspect.getdoc(importlib.import_module(module))}\n\nEach function is explained, with examples, in [its notebook](project:/{notebook}.ipynb).\n'
-    return '\n'.join([head, *(entry(symbol, o, module) for symbol, o in symbols(name).items())])
+    return (f'# `{module}`\n\n{{.lead}}\n{importlib.import_module(module).__doc__}\n\n'
+            f'Each function is explained, with examples, in [its notebook](project:/{notebook}.ipynb).\n\n'
+            f'```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n')
 
 
 def symptoms_page(folder, language):
@@ -129,9 +69,9 @@ def symptoms_page(folder, language):
 def write_pages(app):
     "Write the generated pages beside Sphinx's own cache, so that nbs/ holds notebooks and nothing else."
     language = None if app.builder.name == 'gettext' else app.config.language
-    pages = {f'api/{name}': api_page(name, notebook) for name, notebook in modules().items() if symbols(name)}
+    pages = {f'api/{name}': api_page(name, notebook) for name, notebook in modules().items()}
     pages['api/index'] = ('# API reference\n\n{.lead}\nEvery function and class that the notebooks export, by module.\n\n'
-                          + '\n'.join(f'- {{doc}}`/api/{name}`' for name in modules() if symbols(name)) + '\n')
+                          + '\n'.join(f'- {{doc}}`/api/{name}`' for name in modules()) + '\n')
     pages['troubleshooting'] = symptoms_page(Path(app.srcdir), language)
     app.generated_pages = {}
     for name, text in pages.items():
@@ -146,14 +86,6 @@ def add_pages(app, env, docnames):
         env.project.docnames.add(name)
         env.project._docname_to_path[name] = path
         if name not in docnames: docnames.append(name)
-
-
-def plain_markdown(text, docname, messages):
-    "A generated page as Markdown without directives, translated."
-    text = re.sub(r'^:::+\{py:\w+\} (.+)\n:module: .+$', r'### `\1`', text, flags=re.M)
-    text = re.sub(r'\{doc\}`/api/(\w+)`', rf'[{PACKAGE}.\1](\1.md)', text)
-    text = re.sub(r'^:::+\n|^\{\.lead\}\n', '', text, flags=re.M)
-    return re.sub(r'project:/(\w+)\.ipynb', '../' * docname.count('/') + r'\1.md', translate(text, messages))
 
 
 class Shown(Directive):
@@ -171,18 +103,20 @@ class LinkSymbols(SphinxPostTransform):
     default_priority = 5   # before references are resolved
 
     def run(self):
-        own = {notebook: name for name, notebook in modules().items()}.get(self.env.docname)
+        names = {name for name, about in self.env.domains.python_domain.objects.items() if about.objtype != 'module'}
+        places = modules()
+        own = [name for name, notebook in places.items() if notebook == self.env.docname]
         for node in list(self.document.findall(nodes.literal)):
             if isinstance(node.parent, (nodes.reference, pending_xref, nodes.title)): continue
-            cell = node.parent.parent
-            if self.env.docname.startswith('api/') and isinstance(cell, nodes.entry) and not cell.parent.index(cell): continue   # a parameter
             name = re.sub(r'\(.*\)$', '', node.astext()).removeprefix(f'{PACKAGE}.')
-            places = [own, *modules()] if own else list(modules())
-            target = next((full for full in (f'{PACKAGE}.{name}', *(f'{PACKAGE}.{m}.{name}' for m in places)) if full in full_names()), None)
+            full = [f'{PACKAGE}.{name}', *(f'{PACKAGE}.{place}.{name}' for place in [*own, *places])]
+            target = next((one for one in full if one in names), None)
             if not target: continue
             link = pending_xref('', refdomain='py', reftype='obj', reftarget=target, refdoc=self.env.docname, refwarn=False)
             node.replace_self(link)
             link += node
+        for text in list(self.document.findall(nodes.Text)):   # between a parameter and what it is
+            if text == ' -- ': text.parent.replace(text, nodes.Text(' – '))
 
 
 def linkcode_resolve(domain, info):
@@ -195,6 +129,8 @@ def linkcode_resolve(domain, info):
 
 def setup(app):
     app.connect('builder-inited', write_pages)
+    app.connect('autodoc-process-docstring', document_parameters)
+    app.connect('autodoc-process-signature', shorten_signature)
     app.connect('env-before-read-docs', add_pages)
     app.add_directive('shown', Shown)
     app.add_post_transform(LinkSymbols)

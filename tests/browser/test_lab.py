@@ -58,7 +58,7 @@ class Lab:
         cut = {name: 'http://127.0.0.1:9' for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY')}
         env = os.environ | own | cut | dict(
             no_proxy='127.0.0.1,localhost', NO_PROXY='127.0.0.1,localhost', HF_HUB_OFFLINE='1', CUDA_VISIBLE_DEVICES='',
-            OLLAMA_HOST='127.0.0.1:9', KOFINETUNE_CACHE=str(self.folder/'cache'), KOFINETUNE_KOALPACA='')
+            OLLAMA_HOST='127.0.0.1:9', KOFINETUNE_KOALPACA='')      # bases are unpacked once: the cache is everybody's
         options = (f'--no-browser --allow-root --ServerApp.port={self.port} --ServerApp.port_retries=0 '
                    f'--IdentityProvider.token={self.token} --LabApp.expose_app_in_browser=True')
         self.process = subprocess.Popen(
