@@ -341,7 +341,7 @@ def download(scratch, first):
 def hub(scratch, first):
     "A base of the Hub: its client tries some times and gives up, and the same command goes on."
     from huggingface_hub import constants
-    folder, cache, commit = stand_in_base(), scratch/'hub-cache', '0' * 39 + '1'
+    folder, cache, commit = next(first.cache.glob('rehearsal-base-*')), scratch/'hub-cache', '0' * 39 + '1'
     def answer(method, path, headers, body):
         file = folder/path.split('?')[0].rsplit('/', 1)[-1]
         if '/resolve/' not in path or not file.is_file(): return 404, {'X-Error-Code': 'EntryNotFound'}, b'{}'
@@ -461,7 +461,7 @@ FAULTS = {   # bench -> its faults
     'Hub': [Fault('the network drops, again and again', partial(broken_server, where='GET .*safetensors', fault='half', says=(
         "base 'me/base' could not be loaded", 'run the same command again')), 'train', 'train')],
     'Ollama': [Fault(name, partial(broken_server, where=where, fault=fault, says=(line, 'run the same command again')), 'export',
-                     'export' * (fault == 'dies')) for name, (where, fault, line) in OLLAMA.items()],
+                     'export' * (name == 'dies while it answers')) for name, (where, fault, line) in OLLAMA.items()],
     'Gemma 3 270M': [Fault('kill -9 at a random moment', kill, 'train merge export')],
 }
 BENCHES = {'on disk': on_disk, 'download': download, 'Hub': hub, 'Ollama': ollama, 'Gemma 3 270M': gemma}
