@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _MODULES = dict(
     Recipe='recipe', prepare='data', read_rows='formats', format_prompt='prompt',
-    finetune='train', load_tuned='train', generate='train', merge_adapter='merge',
+    finetune='train', load_tuned='train', generate='scoring', merge_adapter='merge',
     export_ollama='export', evaluate='eval', read_run='report', compare_runs='report')
 __all__ = list(_MODULES)
 

@@ -255,7 +255,8 @@ def _ask(run: Path = _FINISHED,
          given: str = typer.Option('', '--input', help='The input that goes with it.')):
     "One answer from base and tuned, side by side."
     from kofinetune.base import load_base, settle_dtype
-    from kofinetune.train import generate, load_tuned
+    from kofinetune.scoring import generate
+    from kofinetune.train import load_tuned
     need(run, 'adapter')
     chosen = settle_dtype(Recipe.load(run/'recipe.json'), run)
     row = dict(instruction=question, input=given)

@@ -135,6 +135,11 @@ def _stop_at(failed):
 
 def _short(name): return name.removesuffix(':latest')
 
+def _proof_of(result):
+    "What verify.json has of a stage's result."
+    made = ('name', 'served_file', 'files', 'registered')
+    return {key: value for key, value in result.items() if key not in made}
+
 # %% ../nbs/03_ollama_export.ipynb #0e20e07c
 def _write_files(recipe, run, folder, name):
     "Write a GGUF file of each type, and a Modelfile that serves the last one."
@@ -241,6 +246,17 @@ def _register(recipe, run, result, asked):
 def _delete(name):
     with ollama_client(f'deleting {name}') as client: client.delete(name)
 
+def _record(run, result):
+    "Write a later proof into verify.json and the manifest."
+    with run_lock(run):
+        manifest, folder = read_manifest(run), run/'ollama'
+        write_json(_proof_of(result), folder/'verify.json')
+        done = manifest['stages']['ollama']
+        done['files']['verify.json'] = file_hashes(folder)['verify.json']
+        done['result'] = result
+        write_json(manifest, run/'manifest.json')
+    return result
+
 # %% ../nbs/03_ollama_export.ipynb #e1033bd9
 def verify_run(
     recipe: Recipe,
@@ -278,19 +294,3 @@ def _prove_again(recipe, run, result, everything):
         proof['text']['skipped'] = (f'Ollama at {server_url()} has no model {name}; '
                                     f'register it with: kofinetune export --run {run}')
     return proof
-
-def _record(run, result):
-    "Write a later proof into verify.json and the manifest."
-    with run_lock(run):
-        manifest, folder = read_manifest(run), run/'ollama'
-        write_json(_proof_of(result), folder/'verify.json')
-        done = manifest['stages']['ollama']
-        done['files']['verify.json'] = file_hashes(folder)['verify.json']
-        done['result'] = result
-        write_json(manifest, run/'manifest.json')
-    return result
-
-def _proof_of(result):
-    "What verify.json has of a stage's result."
-    made = ('name', 'served_file', 'files', 'registered')
-    return {key: value for key, value in result.items() if key not in made}
