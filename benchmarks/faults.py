@@ -374,7 +374,7 @@ def ollama(scratch, first):
     if not program: raise LookupError('Ollama, whose program was not found')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); real = f'127.0.0.1:{s.getsockname()[1]}'
     env = os.environ | dict(OLLAMA_HOST=real, OLLAMA_MODELS=str(scratch/'models'), HOME=str(scratch), OLLAMA_NUM_PARALLEL='1')
-    running = []
+    running, one_at_a_time = [], threading.Lock()
     def die():
         while running: running[0].kill(); running.pop().wait()
     def begin():
@@ -387,7 +387,8 @@ def ollama(scratch, first):
         shutil.rmtree(scratch/'models', ignore_errors=True)
         begin()
     def answer(method, path, headers, body):
-        if not running: begin()                              # by the time of the same command again
+        with one_at_a_time:
+            if not running: begin()                          # by the time of the same command again
         said = httpx.request(method, f'http://{real}{path}', content=body, timeout=60)
         return said.status_code, {'Content-Type': 'application/json'}, said.content
     def others():

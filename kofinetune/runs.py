@@ -380,9 +380,9 @@ def _explain(error, run, name):
         return error.__notes__[-1]
     if why := _disk_fault(error, run):
         free = shutil.disk_usage(run).free
-        return (f'{run/name} could not be written ({why}), with {free:,} bytes free. Make '
-                'room, raise ulimit -f or fix the permissions, then run the same command '
-                f'again; kept in {run}: {kept}')
+        return (f'{run/name} could not be written ({why}), with {free:,} bytes free. '
+                'Make room, raise ulimit -f or fix the permissions, then run the same '
+                f'command again; kept in {run}: {kept}')
 
 # %% ../nbs/runs.ipynb #3e57456a
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
