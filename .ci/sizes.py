@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = dict(module_lines=4838, largest_module=381, public_names=179, unused_names=0, private_imports=0,
-              largest_lesson_cells=80, longest_exported_cell=36, long_lines=0)
+              largest_lesson_cells=80, longest_exported_cell=30, long_lines=0)
 # where they are to go: 3,600 lines, 400 a module, 120 names, none unused, none private, 80 cells, 30 lines, none over 88 characters
 LESSONS = ('00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval')
 
@@ -21,8 +21,8 @@ def exported(cell): return re.match(r'\s*#\| exports?\b', cell) is not None
 
 
 def counted(text):
-    "Lines of code: without blank ones, and without nbdev's marks of cells."
-    return [line for line in text.splitlines() if line.strip() and not line.startswith('# %%')]
+    "Lines of code: without blank ones, and without nbdev's marks and directives."
+    return [line for line in text.splitlines() if line.strip() and not line.startswith(('# %%', '#|'))]
 
 
 def words(text): return set(re.findall(r'\b[A-Za-z_]\w*\b', text))

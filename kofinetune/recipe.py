@@ -106,6 +106,7 @@ _LEAST = dict(
     max_new_tokens=1, num_ctx=64, eval_rows=0, answer_rows=0, temperature=0,
     early_stopping_patience=0)
 
+# %% ../nbs/recipe.ipynb #f49b2716
 def _check_recipe(r):
     "Raise ValueError with the first thing that is wrong with `r`."
     for f in fields(r):
