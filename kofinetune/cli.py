@@ -183,6 +183,7 @@ def _summarize(run):
     stages = read_manifest(run)['stages']
     report, made = stages['eval']['result'], stages['ollama']['result']
     answers, first = read_jsonl(run/'eval'/'answers.jsonl'), {}
+    answers = [row for row in answers if row['base'] is not None]   # not all are asked
     for i, row in enumerate(answers): first.setdefault(row.get('kind', i), row)
     _print_table('What was made', ('stage', '', 'seconds', 'MB'),
                  [(name, said, seconds, size)
@@ -293,7 +294,8 @@ def _compare(
     from kofinetune.report import compare_runs, comparison_table
     result = compare_runs(runs, out)
     head, *lines = comparison_table(result)
-    _print_table(f'{result["rows"]:,} rows that every run was judged on', head, lines)
+    _print_table(f'{result["rows"]:,} rows that every run was evaluated on', head,
+                 lines)
     for note in result['notes']: typer.echo(f'Note: {note}.')
     if out: typer.echo(f'compare: done, {out}/compare.md')
 
