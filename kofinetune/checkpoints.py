@@ -179,8 +179,7 @@ def train_on(
     step, epoch = log[-1]['step'], log[-1]['epoch']
     rows = len(trainer.train_dataset) * epoch
     metrics |= dict(train_runtime=round(seconds, 4), train_loss=_mean_loss(log),
-                    epoch=epoch,
-                    train_samples_per_second=round(rows / seconds, 3),
+                    epoch=epoch, train_samples_per_second=round(rows / seconds, 3),
                     train_steps_per_second=round(step / seconds, 3),
                     predicted_seconds=keep.predicted and round(keep.predicted, 1))
     return log[:-1] + [metrics | dict(step=step)], metrics

@@ -294,8 +294,7 @@ def _compare(
     from kofinetune.report import compare_runs, comparison_table
     result = compare_runs(runs, out)
     head, *lines = comparison_table(result)
-    _print_table(f'{result["rows"]:,} rows that every run was evaluated on', head,
-                 lines)
+    _print_table(f'{result["rows"]:,} rows evaluated by every run', head, lines)
     for note in result['notes']: typer.echo(f'Note: {note}.')
     if out: typer.echo(f'compare: done, {out}/compare.md')
 
