@@ -49,8 +49,7 @@ class Word(str):
         return self + (after_tail if closed else after_vowel)
 
 # %% ../nbs/korean.ipynb #7e2d6572
-_NOUN = re.compile(
-    r"([가-힣0-9]+?)(?:에서|에게|부터|까지|처럼|보다|의|에|와|과|를|[,'\"’”])(?![가-힣0-9])")
+_NOUN = re.compile(r"([가-힣0-9]+?)(?:에서|에게|부터|까지|처럼|보다|의|에|와|과|를|[,'\"’”])(?![가-힣0-9])")
 PARTICLE = re.compile(r'([\w%℃)]+?)(으로|[은는이가을를로])(?!\w)')
 _NOT_NOUNS = {'나은', '지은', '이은', '부은', '그은'}   # 낫다, 짓다, 잇다...: verbs that lose their ㅅ
 

@@ -378,7 +378,8 @@ def _explain(error, run, name):
     if not isinstance(error, Exception):
         error.add_note(f'{name} was being made; kept in {run}: {kept}')
         return error.__notes__[-1]
-    if why := _disk_fault(error, run):
+    gone = not (run/f'.{name}.partial').is_dir() and 'its folder is gone'
+    if why := _disk_fault(error, run) or gone:
         free = shutil.disk_usage(run).free
         return (f'{run/name} could not be written ({why}), with {free:,} bytes free. '
                 'Make room, raise ulimit -f or fix the permissions, then run the same '
