@@ -530,6 +530,7 @@ def main():
         scratch = Path(scratch)
         shutil.copytree(stand_in_base(), scratch/'cache'/stand_in_base().name)     # made once for all; it takes minutes
         first = Bench(scratch/'first', SMALL, STAGES[:max(map(STAGES.index, wanted)) + 1], cache=scratch/'cache')
+        versions = read_manifest(first.whole)['versions']
         print('undisturbed, seconds: ' + ', '.join(f'{c} {s:.1f}' for c, s in first.seconds.items()), flush=True)
         cannot = () if can_mount(scratch) else (full_disk, read_only)
         not_tried += ['a full and a read-only tmpfs, which need root that may mount'] * bool(cannot)
@@ -551,7 +552,7 @@ def main():
     machine = dict(processor=found[1] if found else platform.machine(), cores=os.cpu_count(), python=platform.python_version(), system=platform.system())
     report = {key: sum(row[key] for row in rows) for key in ('tried', 'survived', 'lost')} | dict(
         seed=args.seed, seconds=round(time.monotonic() - began, 1), undisturbed_seconds={c: round(s, 2) for c, s in first.seconds.items()},
-        rows=rows, not_tried=not_tried, versions=read_manifest(first.whole)['versions'], machine=machine)
+        rows=rows, not_tried=not_tried, versions=versions, machine=machine)
     report = json.loads(json.dumps(report).replace(str(scratch), '...'))
     if args.json:
         write_json(report, args.json)
