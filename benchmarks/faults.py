@@ -50,7 +50,7 @@ class Job:
         for do in before: do()
         cli.main()
 
-    def wait(self, most=300):
+    def wait(self, most=900):
         "Wait for the end: the exit code. What hangs, and processes that are left, are ended and counted as wrong."
         self.process.join(most)
         self.wrong = ['it hung'] * self.running()
