@@ -56,13 +56,13 @@ def read_manifest(
 
 def _check_inside(run):
     "Raise ValueError where a link in `run`, or a name in its manifest, leads out."
-    run, paths = Path(run), list(Path(run).rglob('*'))
+    paths = [(path, Path(run)) for path in Path(run).rglob('*')]
     for name, made in read_manifest(run)['stages'].items():
-        paths += [run/name/file for file in made['files']]
-    for path in paths:
-        if not path.resolve().is_relative_to(run.resolve()):
-            raise ValueError(f'{path} leads out of {run}, to {path.resolve()}; put the '
-                             f'file itself there, or mend {run}/manifest.json')
+        paths += [(Path(run)/name/file, Path(run)/name) for file in made['files']]
+    for path, home in paths:
+        if not path.resolve().is_relative_to(home.resolve()):
+            raise ValueError(f'{path} leads out of {home}, to {path.resolve()}; put '
+                             f'the file itself there, or mend {run}/manifest.json')
 
 # %% ../nbs/runs.ipynb #8e39c962
 def write_json(

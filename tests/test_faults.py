@@ -158,6 +158,25 @@ def test_a_folder_that_a_library_made_anew_has_vanished_all_the_same(tmp_path):
     assert not list(tmp_path.glob('.*.partial'))
 
 
+def test_a_recorded_name_that_leads_into_another_stage_is_refused(run):
+    manifest = read_manifest(run)
+    manifest['stages']['merged']['files']['../adapter/adapter_config.json'] = '0' * 64
+    write_json(manifest, run/'manifest.json')
+    with pytest.raises(ValueError, match='adapter_config.json leads out of .*/merged, to .*manifest.json'): runs.need(run, 'merged')
+
+
+def test_a_signal_is_forgotten_by_the_next_command(monkeypatch, capsys):
+    from kofinetune import cli
+    def stopped(prog_name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    monkeypatch.setattr(sys, 'argv', ['kofinetune', 'export'])
+    for app, code, line in ((stopped, 1, 'asked to stop (SIGTERM); go on with: kofinetune export'), (lambda prog_name: int('x'), 2, 'invalid literal')):
+        monkeypatch.setattr(cli, 'app', app)
+        with pytest.raises(SystemExit) as ended: cli.main()
+        assert ended.value.code == code and capsys.readouterr().err.startswith(f'kofinetune: {line}')
+
+
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
     prepare(SMALL, tmp_path)
     (tmp_path/'log.txt').unlink()
