@@ -124,10 +124,11 @@ def count_steps(
 # %% ../nbs/01_qlora_train.ipynb #6bf18756
 from .runs import (need, quiet, rank, read_jsonl, stage_inputs, world_size,
                              write_json, write_jsonl)
-from .scoring import answer_nll, fuse_head, generate
+from .scoring import answer_nll, generate
 from .checkpoints import (make_callbacks, open_checkpoints, predict_seconds,
                                     train_on)
 from .parallel import broadcast, save_trained, share_batches, stage_together
+from .speed import speed_up
 
 # %% ../nbs/01_qlora_train.ipynb #0611799f
 def _settings(recipe, steps, evaluated):
@@ -196,7 +197,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)   # the keeper has a bar, log.txt the rest
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    if trainer.args.use_cpu and not is_sharded(): fuse_head(trainer.model)
+    if trainer.args.use_cpu and not is_sharded(): speed_up(trainer.model)
     return trainer
 
 # %% ../nbs/01_qlora_train.ipynb #952b0fe0
