@@ -319,10 +319,10 @@ def download(scratch, first):
     import pooch.downloaders
     rows = write_jsonl(data.load_rows('rehearsal')[:80], scratch/'remote.jsonl')
     server = Breaking(lambda method, path, headers, body: (200, {}, rows.read_bytes()))
-    remote = dict(url=server.url + '/remote.jsonl', blob=data.git_blob_id(rows), licence='')
+    remote = dict(url=server.url + '/remote.jsonl', blob=data.git_blob_id(rows))
     def before():
         no_proxy()
-        data.SOURCES, pooch.downloaders.DEFAULT_TIMEOUT = {'koalpaca-v1.0': remote}, 1
+        data._SOURCES, pooch.downloaders.DEFAULT_TIMEOUT = {'koalpaca-v1.0': remote}, 1
     bench = Bench(scratch/'download', dict(source='koalpaca-v1.0', valid_rows=8), ['data'], before=[before])
     bench.server, bench.reset = server, lambda: shutil.rmtree(bench.cache)
     yield bench

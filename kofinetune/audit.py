@@ -10,13 +10,11 @@ import math, random, re, tomllib, zlib
 from collections import Counter
 from importlib.resources import files
 
-from .prompt import INPUT_HEAD, INSTRUCTION_HEAD, RESPONSE_HEAD
+from .prompt import HEADS
 from .korean import code_switching, has_hangul, speech_level
 
 # %% ../nbs/audit.ipynb #b16e369b
-def _empty_answer(row):
-    "Find an answer with nothing in it."
-    return not row['output'].strip()
+def _empty_answer(row): return not row['output'].strip()
 
 def _no_hangul(row):
     "Find an answer without any Hangul: a number, code, or another language."
@@ -44,8 +42,7 @@ def _placeholder_input(row):
 def _prompt_marker(row):
     "Find a heading of a prompt: Alpaca's own in any text, the data's own in an answer."
     question, answer = row['instruction'] + '\n' + row['input'], row['output']
-    for head in (INSTRUCTION_HEAD, INPUT_HEAD, RESPONSE_HEAD):
-        if head.strip() in question + '\n' + answer: return True
+    if any(head.strip() in question + '\n' + answer for head in HEADS): return True
     if 'ChatGPT' in answer and 'GPT' not in question: return True
     return bool(_SEEN['headings'].search(answer)) and '출력' not in row['instruction']
 
@@ -75,12 +72,9 @@ def _truncated_ending(row):
 # %% ../nbs/audit.ipynb #6c47e0c1
 def _exact_duplicate(rows):
     "List every copy after the first of the same instruction, input and output."
-    seen, copies = set(), []
-    for i, row in enumerate(rows):
-        key = (row['instruction'], row['input'], row['output'])
-        if key in seen: copies.append(i)
-        seen.add(key)
-    return copies
+    keys = ((row['instruction'], row['input'], row['output']) for row in rows)
+    first = {}
+    return [i for i, key in enumerate(keys) if first.setdefault(key, i) < i]
 
 # %% ../nbs/audit.ipynb #6cfb8dba
 def _similar_pairs(texts, least=.8):
@@ -200,11 +194,10 @@ def _astray_batch(rows):
 # %% ../nbs/audit.ipynb #0bf3448d
 def _length_outlier(rows):
     "List answers three quartile distances longer than the upper quartile (Tukey)."
-    lengths = sorted(len(row['output']) for row in rows)
-    if not lengths: return []
-    low, high = lengths[len(lengths) // 4], lengths[3 * len(lengths) // 4]
-    most = high + 3 * max(high - low, 1)
-    return [i for i, row in enumerate(rows) if len(row['output']) > most]
+    import numpy as np
+    lengths = [len(row['output']) for row in rows]
+    low, high = np.quantile(lengths or [0], (1/4, 3/4))
+    return [i for i, n in enumerate(lengths) if n > high + 3 * max(high - low, 1)]
 
 # %% ../nbs/audit.ipynb #ad5132ee
 def _by_flag(*functions): return {f.__name__.lstrip('_'): f for f in functions}

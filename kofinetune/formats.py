@@ -95,7 +95,6 @@ def _parse(text):
 
 # %% ../nbs/formats.ipynb #6d8532cf
 def _array_rows(path):
-    "Yield (where, value) for each element of a JSON array."
     text = read_text(path)
     array = _parse(text) if text.strip() else []
     if isinstance(array, _Fault): raise ValueError(f'{path}{array.args[1]}')
@@ -105,7 +104,6 @@ def _array_rows(path):
     for i, value in enumerate(array): yield f'row {i}', value
 
 def _line_rows(path):
-    "Yield (where, value) for each line of JSON lines that is not blank."
     with path.open('rb') as file:
         for number, line in enumerate(file, 1):
             try: text = _decode(line, path)
@@ -116,7 +114,6 @@ def _line_rows(path):
 
 # %% ../nbs/formats.ipynb #436ad1d8
 def _table_rows(path):
-    "Yield (where, value) for each row of a CSV file; its first line names the columns."
     import pandas as pd
     options = dict(header=None, dtype=str, keep_default_na=False, na_values=[''])
     try: table = pd.read_csv(io.StringIO(read_text(path)), **options)
@@ -136,10 +133,9 @@ _READERS = {'.json': _array_rows, '.jsonl': _line_rows, '.csv': _table_rows}
 # %% ../nbs/formats.ipynb #6e4679c8
 def validate_rows(
     path: Path,               # a .json, .jsonl or .csv file
-    shown: int = 20,          # faults to spell out
 ) -> tuple[list[dict], dict]:  # the rows that can be used, and a report on all
     "Read what can be read of `path`, and report the rest."
-    path, kept, first, faults, notes = Path(path), [], [], Counter(), {}
+    path, kept, first, faults, notes = Path(path), [], [], Counter(), Counter()
     if path.suffix not in _READERS:
         raise ValueError(f'{path} ends in {path.suffix!r}; a source is .json, .jsonl '
                          'or .csv')
@@ -148,20 +144,20 @@ def validate_rows(
         except _Fault as e:
             kind, text = e.args
             faults[kind] += 1
-            if len(first) < shown: first.append(where + text)
-            continue
-        kept.append(row)
-        for text in odd: notes.setdefault(text, dict(rows=0, first=where))['rows'] += 1
+            if len(first) < 20: first.append(where + text)
+        else:
+            kept.append(row)
+            notes.update(odd)
     reported = faults.total()
     return kept, dict(rows=len(kept) + reported, kept=len(kept), reported=reported,
-                      faults=dict(faults), notes=notes, first=first)
+                      faults=dict(faults), notes=dict(notes), first=first)
 
 # %% ../nbs/formats.ipynb #fcccf6d6
 def read_rows(
     path: Path,    # a .json array, .jsonl with one object a line, or .csv with a header
 ) -> list[dict]:   # checked rows, in the file's order
     "Read rows from `path`. ValueError has the first fault."
-    rows, report = validate_rows(path, shown=1)
+    rows, report = validate_rows(path)
     if report['reported']:
         raise ValueError(f'{path} {report["first"][0]} '
                          f'(rows with faults: {report["reported"]:,})')

@@ -147,7 +147,7 @@ def test_manifest_says_where_the_rows_came_from(tmp_path):
     source.write_text('{"instruction": "안녕?", "output": "네."}\n' * 3, encoding='utf-8')
     prepare(Recipe.named('rehearsal').replace(source=str(source), valid_rows=0), tmp_path/'run')
     seen = runs.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
-    assert seen == dict(source=str(source), url=None, blob=git_blob_id(source), licence='as its owner says')
+    assert seen == dict(source=str(source), url=None, blob=git_blob_id(source))
 
 
 def test_changed_source_is_noticed(tmp_path):
