@@ -41,9 +41,14 @@ def cache_dir() -> Path:
 def _fetch(url, blob):
     "Download `url` once, with a progress bar; check the git blob id of the file."
     import pooch, requests
+    from filelock import FileLock
     pooch.get_logger().setLevel('WARNING')
     path = cache_dir()/'sources'/f'{blob[:12]}-{url.rsplit("/", 1)[-1]}'
-    try: pooch.retrieve(url, None, path.name, path.parent, progressbar=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.parent/'.lock'):    # one process downloads
+            for part in path.parent.glob('tmp*'): part.unlink()   # of a killed one
+            pooch.retrieve(url, None, path.name, path.parent, progressbar=True)
     except requests.RequestException as e:
         raise RuntimeError(
             f'{url} could not be downloaded ({type(e).__name__}); try again with a '
