@@ -29,8 +29,10 @@ def git_blob_id(
 _KOALPACA = ('https://raw.githubusercontent.com/Beomi/KoAlpaca/'
              'b7ee032fa9fad6f0fee32a16043024feb929b7cc/')
 _SOURCES = {name: dict(url=_KOALPACA + file, blob=blob) for name, file, blob in (
-    ('koalpaca-v1.0', 'ko_alpaca_data.json', 'c889f56da34403e3c4651783e717603f3ae1f932'),
-    ('koalpaca-v1.1a', 'KoAlpaca_v1.1.jsonl', 'd43838449ea0fda163bd4c9dc4503cc86bc7ed43'))}
+    ('koalpaca-v1.0', 'ko_alpaca_data.json',
+     'c889f56da34403e3c4651783e717603f3ae1f932'),
+    ('koalpaca-v1.1a', 'KoAlpaca_v1.1.jsonl',
+     'd43838449ea0fda163bd4c9dc4503cc86bc7ed43'))}
 
 # %% ../nbs/00_data.ipynb #4c0ed1c8
 def cache_dir() -> Path:
