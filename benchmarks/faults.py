@@ -314,23 +314,15 @@ class Answers(BaseHTTPRequestHandler):
 # Other benches than that of the stand-in model
 
 @contextmanager
-def on_disk(scratch, first):
-    "Rows prepared on disk, line by line."
-    source = write_jsonl(data.load_rows('rehearsal') * 3, scratch/'large.jsonl')
-    def small(): data._LARGE = 0
-    yield Bench(scratch/'disk', dict(source=source, valid_rows=8), ['data'], before=[small])
-
-
-@contextmanager
 def download(scratch, first):
     "A source that is downloaded."
     import pooch.downloaders
     rows = write_jsonl(data.load_rows('rehearsal')[:80], scratch/'remote.jsonl')
     server = Breaking(lambda method, path, headers, body: (200, {}, rows.read_bytes()))
-    remote = dict(url=server.url + '/remote.jsonl', blob=data.git_blob_id(rows), licence='')
+    remote = dict(url=server.url + '/remote.jsonl', blob=data.git_blob_id(rows))
     def before():
         no_proxy()
-        data.SOURCES, pooch.downloaders.DEFAULT_TIMEOUT = {'koalpaca-v1.0': remote}, 1
+        data._SOURCES, pooch.downloaders.DEFAULT_TIMEOUT = {'koalpaca-v1.0': remote}, 1
     bench = Bench(scratch/'download', dict(source='koalpaca-v1.0', valid_rows=8), ['data'], before=[before])
     bench.server, bench.reset = server, lambda: shutil.rmtree(bench.cache)
     yield bench
@@ -455,7 +447,6 @@ FAULTS = {   # bench -> its faults
         Fault('its own folder vanishes', vanish, ALL, 'data train'),
         Fault('the folder of data vanishes', vanish_data, 'train merge export eval', 'train'),
         Fault('two at once', two_at_once, ALL, 'data train')],
-    'on disk': [Fault('kill -9 at a random moment', kill, 'data', 'data', .5)],
     'download': [Fault(name, partial(broken_server, where='', fault=fault, says=LOADED), 'data', 'data') for name, fault in (
         ('the network drops in the middle', 'half'), ('the server answers 500', '500'), ('the server says nothing', 'silent'),
         ('kill -9 in the middle', 'kill'))],
@@ -465,7 +456,7 @@ FAULTS = {   # bench -> its faults
                      'export' * (name == 'dies while it answers')) for name, (where, fault, line) in OLLAMA.items()],
     'Gemma 3 270M': [Fault('kill -9 at a random moment', kill, 'train merge export')],
 }
-BENCHES = {'on disk': on_disk, 'download': download, 'Hub': hub, 'Ollama': ollama, 'Gemma 3 270M': gemma}
+BENCHES = {'download': download, 'Hub': hub, 'Ollama': ollama, 'Gemma 3 270M': gemma}
 
 
 def try_fault(bench, label, fault, command, chance, rows):

@@ -36,7 +36,7 @@ def make_model(rows, folder):
     "Save the exact shape of Gemma 3 270M with random weights, and a tokenizer whose rows are as long as the post's."
     import torch
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-    from kofinetune.rehearsal import train_tokenizer
+    from kofinetune.rehearsal import _train_tokenizer
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
@@ -44,7 +44,7 @@ def make_model(rows, folder):
         max_position_embeddings=32768)
     Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     texts = [row[k] for row in rows for k in ('instruction', 'input', 'output') if row[k]]
-    train_tokenizer(texts, folder, 12_000 if len(rows) > 5000 else 1536)
+    _train_tokenizer(texts, folder, 12_000 if len(rows) > 5000 else 1536)
 
 
 def settings(name, model, cuda):

@@ -12,8 +12,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from .prompt import (INPUT_HEAD, INSTRUCTION_HEAD, RESPONSE_HEAD, SECTION_GAP,
-                               format_prompt)
+from .prompt import HEADS, SECTION_GAP, format_prompt
 from .recipe import Recipe
 from .runs import (file_faults, file_hashes, need, note, read_manifest,
                              run_lock, stage, write_json)
@@ -31,7 +30,7 @@ def prompt_template(
 ) -> str:  # a Go template: the last user turn is asked, `system` is the input
     "Write `format_prompt` in Ollama's template language."
     row = dict(instruction='{{ $question }}', input='{{ .System }}')
-    text, given = format_prompt(row, style), INPUT_HEAD + '{{ .System }}' + SECTION_GAP
+    text, given = format_prompt(row, style), HEADS[1] + '{{ .System }}' + SECTION_GAP
     if style == 'alpaca':
         text = text.replace(given, '{{ if .System }}' + given + '{{ end }}')
     last = ('{{ $question := "" }}{{ range .Messages }}'
@@ -53,7 +52,7 @@ def _modelfile_value(text, where):
     return f'"""{text}"""'
 
 # %% ../nbs/03_ollama_export.ipynb #9d5eb3a7
-_STOPS = tuple(head.strip() for head in (INSTRUCTION_HEAD, INPUT_HEAD, RESPONSE_HEAD))
+_STOPS = tuple(head.strip() for head in HEADS)
 
 def modelfile(
     gguf: str,                        # the file's name, beside the Modelfile

@@ -100,8 +100,8 @@ def write_jsonl(
 ) -> Path:
     "Write `rows` to `path`, one JSON object a line, UTF-8, Hangul as Hangul."
     encode = json.JSONEncoder(ensure_ascii=False).encode
-    lines = ''.join(encode(row) + '\n' for row in rows)
-    Path(path).write_text(lines, encoding='utf-8', newline='\n')
+    with Path(path).open('w', encoding='utf-8', newline='\n') as f:
+        f.writelines(encode(row) + '\n' for row in rows)
     return Path(path)
 
 def read_jsonl(

@@ -1,15 +1,15 @@
 "Audit, validation and scale: rows in = rows kept + rows reported, whatever comes in."
-import json, random, unicodedata
+import json, random
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from kofinetune import audit as module
 from kofinetune.recipe import Recipe
-from kofinetune.runs import read_jsonl, write_jsonl
-from kofinetune.audit import DETECTORS, FILE_DETECTORS, astray_batches, audit, similar_pairs
+from kofinetune.runs import write_jsonl
+from kofinetune.audit import DETECTORS, astray_batches, audit
 from kofinetune.data import clean_rows, prepare
 from kofinetune.formats import read_rows, validate_rows
-from kofinetune.large import prepare_large
 
 relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -38,7 +38,7 @@ def test_astray_batches_are_the_three_that_a_reader_finds(real, flags):
 def test_astray_batches_are_found_where_rows_are_missing(real):
     draw = random.Random(5)
     kept = [i for i in range(len(real)) if draw.random() > .05]
-    found = {kept[i] for i in FILE_DETECTORS['astray_batch']([real[i] for i in kept])}
+    found = {kept[i] for i in module._astray_batch([real[i] for i in kept])}
     astray = {*range(70, 80), *range(2740, 2750), *range(5140, 5150)}
     assert found <= astray and len(found) >= .8 * len(astray & set(kept)) - 3
 
@@ -46,7 +46,7 @@ def test_astray_batches_are_found_where_rows_are_missing(real):
 @pytest.mark.koalpaca
 @pytest.mark.parametrize('seed', range(3))
 def test_shuffled_rows_have_no_batches(real, seed):
-    assert FILE_DETECTORS['astray_batch'](random.Random(seed).sample(real, len(real))) == []
+    assert astray_batches(random.Random(seed).sample(real, len(real))) == []
 
 
 @pytest.mark.koalpaca
@@ -86,7 +86,8 @@ def test_every_detector_is_shown_here(): assert set(PAIRS) == set(DETECTORS)
 
 def test_near_duplicates_need_the_same_answer():
     rows = [ask(), ask('수도는, 어디인가요'), ask('수도는 어디에 있나요?', output='한강 옆입니다.'), ask()]
-    assert FILE_DETECTORS['near_duplicate'](rows) == [1] and FILE_DETECTORS['exact_duplicate'](rows) == [3]
+    flags = audit(rows)
+    assert flags['near_duplicate'] == [1] and flags['exact_duplicate'] == [3]
 
 
 text = st.text(alphabet='가나다라마바사 ab1.,', min_size=1, max_size=30)
@@ -100,7 +101,7 @@ def shingles(text):
 @relaxed
 @given(texts=st.lists(text, max_size=12))
 def test_similar_pairs_are_measured_exactly_and_point_back(texts):
-    for i, j, share in similar_pairs(texts, .5):
+    for i, j, share in module._similar_pairs(texts, .5):
         assert j < i and share >= .5
         a, b = shingles(texts[i]), shingles(texts[j])
         assert share == len(a & b) / len(a | b)
@@ -111,7 +112,7 @@ any_row = st.builds(ask, any_text.filter(str.strip), any_text, any_text)
 
 
 @relaxed
-@given(rows=st.lists(any_row, max_size=25), drop=st.sets(st.sampled_from([*DETECTORS, *FILE_DETECTORS])))
+@given(rows=st.lists(any_row, max_size=25), drop=st.sets(st.sampled_from(list(audit([])))))
 def test_cleaning_keeps_or_reports_every_row(rows, drop):
     kept, report = clean_rows(rows, tuple(drop))
     assert len(kept) + len(report['dropped']) == len(rows)
@@ -126,11 +127,11 @@ def test_audit_of_no_rows(): assert all(where == [] for where in audit([]).value
 
 GOOD = '{"instruction": "가?", "input": "", "output": "나."}'
 BAD_LINES = {   # kind: a line that has it
-    'not JSON': '{"instruction": "가?", "out', 'not an object': '[1, 2]', 'output: missing': '{"instruction": "가?"}',
-    'output: null': '{"instruction": "가?", "output": null}', 'output: not text': '{"instruction": "가?", "output": 3}',
+    'not JSON': '{"instruction": "가?", "out', 'no object': '[1, 2]', 'output: missing': '{"instruction": "가?"}',
+    'output: not text': '{"instruction": "가?", "output": 3}',
     'instruction: empty': '{"instruction": " ", "output": "나."}',
     'output: twice': '{"instruction": "가?", "input": "", "output": "나.", "output": "다."}',
-    'output: lone surrogate': '{"instruction": "가?", "output": "\\ud83d"}',
+    'output: half': '{"instruction": "가?", "output": "\\ud83d"}',
 }
 
 
@@ -140,8 +141,8 @@ def test_fault_is_reported_with_its_line_and_counted(kind, tmp_path):
     kept, report = validate_rows(tmp_path/'a.jsonl')
     assert (len(kept), report['rows'], report['kept'], report['reported']) == (2, 4, 2, 2)
     assert report['faults'] == {kind: 2}
-    assert [fault['where'] for fault in report['first']] == ['line 2', 'line 4']
-    with pytest.raises(ValueError, match='a.jsonl line 2.*and 1 more') as error: read_rows(tmp_path/'a.jsonl')
+    assert [fault[:6] for fault in report['first']] == ['line 2', 'line 4']
+    with pytest.raises(ValueError, match='a.jsonl line 2.*faults: 2') as error: read_rows(tmp_path/'a.jsonl')
     assert '\n' not in str(error.value)
 
 
@@ -158,10 +159,8 @@ def test_twenty_faults_are_shown_and_all_are_counted(tmp_path):
 
 
 NOTES = {   # what a note says: bytes of a file with it
-    'BOM': b'\xef\xbb\xbf' + GOOD.encode(), 'CRLF': (GOOD + '\r\n').encode() * 2,
-    'is not NFC': unicodedata.normalize('NFD', GOOD).encode(), 'input is missing': '{"instruction": "가?", "output": "나."}'.encode(),
-    'url is no field': (GOOD[:-1] + ', "url": "https://example.org"}').encode(), 'U+0000': GOOD.replace('나', '나\\u0000').encode(),
-    'longer than 100,000': GOOD.replace('나', '나' * 350_000).encode(), 'U+FFFD': GOOD.replace('나', '\ufffd').encode(),
+    'input is missing': '{"instruction": "가?", "output": "나."}'.encode(),
+    'url is no field': (GOOD[:-1] + ', "url": "https://example.org"}').encode(), 'U+0000': GOOD.replace('나', '나\\u0000').encode(), 'U+FFFD': GOOD.replace('나', '\ufffd').encode(),
 }
 
 
@@ -183,7 +182,8 @@ def test_array_that_is_cut_off_is_refused_as_a_whole(array, tmp_path):
 @pytest.mark.parametrize('name, body, says', [
     ('a.json', '', 'holds no row'), ('a.jsonl', '\n\n', 'holds no row'), ('a.csv', '', 'holds no row'), ('a.json', '[]', 'holds no row'),
     ('a.json', '{"a": 1}', 'must be an array'), ('a.json', 'hello', 'is not JSON'), ('a.csv', 'question,answer\n가,나', 'line 1'),
-    ('a.csv', 'instruction,output\n"가,나', 'is not CSV'), ('a.csv', 'instruction,output\n가,나,다', 'line 2 has 3 fields'),
+    ('a.csv', 'instruction,output\n"가,나', 'is not CSV'), ('a.csv', 'instruction,output\n가,나,다', 'Expected 2 fields in line 2, saw 3'),
+    ('a.csv', 'instruction,output\n가\n', "row 0 has no 'output'"), ('a.csv', 'instruction,output,output\n가,나,다', 'each column once'),
     ('a.txt', GOOD, "ends in '.txt'"), ('a.json', f'[{GOOD}]'.encode('cp949'), 'iconv -f cp949'),
     ('a.jsonl', GOOD.encode('euc-kr'), 'iconv -f cp949'), ('a.csv', 'instruction,output\n가,나'.encode('cp949'), 'iconv -f cp949'),
     ('a.json', f'[{GOOD}]'.encode('utf-16'), 'iconv -f utf-16'), ('a.json', '[' * 100_000, 'is not JSON'),
@@ -192,10 +192,6 @@ def test_file_that_cannot_be_used_is_one_line(name, body, says, tmp_path):
     (tmp_path/name).write_bytes(body if isinstance(body, bytes) else body.encode())
     with pytest.raises(ValueError) as error: read_rows(tmp_path/name)
     assert says in str(error.value) and name in str(error.value) and '\n' not in str(error.value)
-
-
-def test_folder_is_not_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match='is not a file'): validate_rows(tmp_path)
 
 
 def test_csv_with_line_breaks_and_a_megabyte(tmp_path):
@@ -239,36 +235,14 @@ def test_any_bytes_end_in_a_report_or_one_line(body, suffix, tmp_path):
     else: assert report['rows'] == len(kept) + report['reported']
 
 
-# ---- more rows than memory
+# ---- many rows
 
-def test_large_and_small_ways_agree(tmp_path):
-    draw, rows = random.Random(0), []
-    for i in range(300):
-        again = rows and draw.random() < .1
-        rows.append(draw.choice(rows) if again else ask(f'{i}번은 어느 도시인가요?', draw.choice(['', 'N/A', '남쪽']),
-                                                        unicodedata.normalize(draw.choice(['NFC', 'NFD']), f'도시 {i}입니다.')))
-    write_jsonl(rows, tmp_path/'a.jsonl')
-    recipe = Recipe(source=str(tmp_path/'a.jsonl'), valid_rows=40, drop=('exact_duplicate', 'placeholder_input'))
-    (tmp_path/'large').mkdir()
-    large, small = prepare_large(tmp_path/'a.jsonl', tmp_path/'large', recipe), prepare(recipe, tmp_path/'small')
-    assert large == {name: small[name] for name in large}
-    for name in ('train.jsonl', 'valid.jsonl'):
-        assert (tmp_path/'large'/name).read_bytes() == (tmp_path/'small'/'data'/name).read_bytes()
-    reports = [json.loads((folder/'audit.json').read_text(encoding='utf-8')) for folder in (tmp_path/'large', tmp_path/'small'/'data')]
-    assert reports[0]['dropped'] == reports[1]['dropped'] and reports[0]['normalized'] == reports[1]['normalized']
-    assert all(reports[1]['flags'][name] == flag for name, flag in reports[0]['flags'].items())
-    assert sorted(path.name for path in (tmp_path/'large').iterdir()) == ['audit.json', 'train.jsonl', 'valid.jsonl']
-
-
-def test_large_way_reports_what_it_cannot_use(tmp_path):
-    (tmp_path/'a.jsonl').write_text('\n'.join([GOOD, '{', GOOD.replace('가', '다'), '{"instruction": "가?"}']), encoding='utf-8')
-    counts = prepare_large(tmp_path/'a.jsonl', tmp_path, Recipe(valid_rows=0))
-    assert (counts['rows'], counts['kept'], counts['reported'], counts['train']) == (4, 2, 2, 2)
-    report = json.loads((tmp_path/'audit.json').read_text(encoding='utf-8'))
-    assert [fault['row'] for fault in report['faults']['first']] == [1, 3] and len(read_jsonl(tmp_path/'train.jsonl')) == 2
-
-
-def test_large_way_refuses_what_needs_all_rows(tmp_path):
-    write_jsonl([ask()], tmp_path/'a.jsonl')
-    with pytest.raises(ValueError, match="'astray_batch', which needs all rows"):
-        prepare_large(tmp_path/'a.jsonl', tmp_path, Recipe(valid_rows=0, drop=('astray_batch',)))
+def test_among_many_rows_near_copies_are_not_looked_for_and_cannot_be_dropped(tmp_path, monkeypatch):
+    write_jsonl([ask(f'{i}번은 어느 도시인가요?') for i in range(9)] + [ask('0번은 어느 도시인가요?')], tmp_path/'a.jsonl')
+    monkeypatch.setattr(module, '_SMALL', 9)
+    recipe = Recipe(source=str(tmp_path/'a.jsonl'), valid_rows=3, drop=('exact_duplicate',))
+    prepare(recipe, tmp_path/'run')
+    report = json.loads((tmp_path/'run'/'data'/'audit.json').read_text(encoding='utf-8'))
+    assert set(DETECTORS) | {'exact_duplicate', 'length_outlier'} == set(report['flags']) and report['dropped'] == [9]
+    with pytest.raises(ValueError, match="'near_duplicate'; the flags of 10 rows are"):
+        prepare(recipe.replace(drop=('near_duplicate',)), tmp_path/'other')

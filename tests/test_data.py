@@ -1,5 +1,5 @@
 "Rows, sources and run folders: what a notebook cannot show well."
-import hashlib, http.server, json, subprocess, sys, threading
+import http.server, json, subprocess, sys, threading
 
 import pandas as pd
 import pytest
@@ -9,7 +9,7 @@ from kofinetune import runs
 from kofinetune.audit import near_pairs
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, stage
-from kofinetune.data import fetch, git_blob_id, prepare, split_rows
+from kofinetune.data import _fetch, git_blob_id, prepare, split_rows
 
 
 def post_script(path):
@@ -79,17 +79,16 @@ def test_download_is_checked_kept_and_not_asked_for_again(server, tmp_path, monk
     address, files, asked = server
     files['/rows.json'] = '[{"instruction": "안녕?", "output": "네."}]'.encode()
     blob = blob_id(files['/rows.json'], tmp_path)
-    first, second = (fetch(f'{address}/rows.json', blob) for _ in range(2))
+    first, second = (_fetch(f'{address}/rows.json', blob) for _ in range(2))
     assert first == second and first.read_bytes() == files['/rows.json'] and asked == ['/rows.json']
 
 
-def test_moved_file_is_refused_with_both_ids_and_leaves_nothing(server, tmp_path, monkeypatch):
+def test_moved_file_is_refused_with_both_ids(server, tmp_path, monkeypatch):
     monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
     address, files, _ = server
     files['/rows.json'] = b'[]'
     with pytest.raises(ValueError, match=f'0637a088a01e8ddab3bf3fa98dbe804cbde1a0dc.*{"0" * 40}'):   # git's id of []
-        fetch(f'{address}/rows.json', '0' * 40)
-    assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['.lock']
+        _fetch(f'{address}/rows.json', '0' * 40)
 
 
 def test_download_that_breaks_off_leaves_nothing_and_works_the_next_time(tmp_path, monkeypatch):
@@ -110,16 +109,16 @@ def test_download_that_breaks_off_leaves_nothing_and_works_the_next_time(tmp_pat
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     url, blob = f'http://127.0.0.1:{httpd.server_port}/rows.json', blob_id(body, tmp_path)
     with pytest.raises(RuntimeError, match='could not be downloaded.*try again with a network'):
-        fetch(url, blob)
+        _fetch(url, blob)
     assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['.lock']
-    assert fetch(url, blob).read_bytes() == body
+    assert _fetch(url, blob).read_bytes() == body
     httpd.shutdown()
 
 
 def test_without_a_network_the_error_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv('KOFINETUNE_CACHE', str(tmp_path))
     with pytest.raises(RuntimeError, match=f'try again with a network.*put it at {tmp_path}'):
-        fetch('http://127.0.0.1:9/ko_alpaca_data.json', '0' * 40)
+        _fetch('http://127.0.0.1:9/ko_alpaca_data.json', '0' * 40)
     assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['.lock']
 
 
@@ -148,9 +147,7 @@ def test_manifest_says_where_the_rows_came_from(tmp_path):
     source.write_text('{"instruction": "안녕?", "output": "네."}\n' * 3, encoding='utf-8')
     prepare(Recipe.named('rehearsal').replace(source=str(source), valid_rows=0), tmp_path/'run')
     seen = runs.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
-    body = source.read_bytes()
-    assert seen == dict(source=str(source), url=None, git_blob=git_blob_id(source), sha256=hashlib.sha256(body).hexdigest(),
-                        bytes=len(body), licence='as its owner says')
+    assert seen == dict(source=str(source), url=None, blob=git_blob_id(source))
 
 
 def test_changed_source_is_noticed(tmp_path):

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from kofinetune.data import load_rows
-from kofinetune.korean import PAIRS, PARTICLE, check_particles, code_switching, hangul_share, known_nouns, speech_level
+from kofinetune.korean import _PARTICLE, PAIRS, check_particles, code_switching, hangul_share, known_nouns, speech_level
 from kofinetune.eval import chrf, distinct
 
 NOUNS = {'사람', '집', '물', '서울', '연필', '바다', '나무', '고양이', '국가', '학교', '대학', '나', '책', '전문가'}
@@ -54,7 +54,7 @@ def test_particles_on_real_rows(koalpaca):
     assert sum(not ok for _, ok in decided) < .01 * len(decided)
     found = []
     for word, ok in random.Random(0).sample(decided, 2000):
-        stem, particle = PARTICLE.findall(word)[0]
+        stem, particle = _PARTICLE.findall(word)[0]
         forms = next(forms for forms in PAIRS.values() if particle in forms)
         if ok: found += [fits for _, fits in check_particles(stem + forms[1 - forms.index(particle)], nouns)]
     assert found.count(True) == 0 and found.count(False) > .97 * len(found)

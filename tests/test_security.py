@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from kofinetune.recipe import GEMMA, Recipe
 from kofinetune.runs import stage
-from kofinetune.data import SOURCES, prepare
+from kofinetune.data import _SOURCES, prepare
 from kofinetune.server import _is_loopback, server_url
 from kofinetune.proof import serve_gguf
 
@@ -62,7 +62,7 @@ def test_code_beside_a_base_is_not_run(model_type, tmp_path):
 
 def test_what_is_downloaded_is_pinned():
     assert re.fullmatch('[0-9a-f]{40}', GEMMA['revision'])
-    for source in SOURCES.values():
+    for source in _SOURCES.values():
         assert re.search('/[0-9a-f]{40}/', source['url']) and re.fullmatch('[0-9a-f]{40}', source['blob'])
         assert source['url'].startswith('https://')
 
