@@ -6,25 +6,17 @@
 __all__ = ['distinct', 'chrf', 'describe_answers', 'side_by_side', 'load_evaluated', 'evaluate']
 
 # %% ../nbs/04_eval.ipynb #9e4eb575
-import json, math, random
+import json, random
 from collections import Counter
 from pathlib import Path
 
-from .prompt import format_answer
 from .recipe import Recipe
 from .korean import (check_particles, code_switching, hangul_share,
                                known_nouns, speech_level)
-from .stats import (exact_match, match_by_kind, paired_difference, share_ci,
-                              summarize)
-from .runs import (need, note, read_jsonl, read_manifest, stage, write_json,
-                             write_jsonl)
-from .gguffile import load_gguf
-from .data import rows_to_measure
-from .base import (base_name, base_note, free_memory, load_base,
-                             load_tokenizer, pick_device, settle_dtype)
+from .stats import exact_match, paired_difference, share_ci, summarize
+from .base import load_base
 from .scoring import answer_nll, generate
-from .train import load_tuned, plot_loss
-from .report import MEASURES, plot_kinds, plot_models, render_page
+from .train import load_tuned
 
 # %% ../nbs/04_eval.ipynb #e9c30856
 def distinct(
@@ -79,37 +71,42 @@ def describe_answers(
 # %% ../nbs/04_eval.ipynb #f2be5f3d
 def _outcome(row, before, after):
     "Compare two answers: right or not, and else by five points of chrF."
-    one, two = exact_match(row, before), exact_match(row, after)
-    if not (one or two):
-        one, two = (chrf([text], [row['output']]) / 5 for text in (before, after))
-    gain = two - one
-    return 'better' if gain >= 1 else 'worse' if gain <= -1 else 'same'
+    one, two = (100 * exact_match(row, text) + chrf([text], [row['output']])
+                for text in (before, after))
+    return 'better' if two - one >= 5 else 'worse' if one - two >= 5 else 'same'
 
 # %% ../nbs/04_eval.ipynb #f1358ae7
 def side_by_side(
     rows: list[dict],
     answers: dict[str, list[dict]],  # base and tuned -> what `generate` returns
-    n: int = 20,                     # questions
+    n: int | None = None,            # draw so many, worse ones first; absent: all
     seed: int = 0,
 ):                                   # a DataFrame, one question a line
-    "Put base and tuned beside what was wanted for drawn questions, worse ones first."
-    table, draw = _beside(rows, answers), random.Random(seed)
-    worse = list(table.index[table.outcome == 'worse'])
+    "Put base and tuned beside what was wanted, and say which of them is better."
+    import pandas as pd
+    base, tuned = ([a['answer'] for a in answers[name]] for name in ('base', 'tuned'))
+    table = pd.DataFrame([
+        dict(question=' / '.join(filter(None, (row['instruction'], row['input']))),
+             wanted=row['output'], base=before, tuned=after,
+             outcome=_outcome(row, before, after))
+        for row, before, after in zip(rows, base, tuned, strict=True)])
+    if n is None: return table
+    draw, worse = random.Random(seed), list(table.index[table.outcome == 'worse'])
     chosen = draw.sample(worse, min(len(worse), n // 4))
     rest = [i for i in table.index if i not in chosen]
     chosen += sorted(draw.sample(rest, min(n - len(chosen), len(rest))))
     return table.loc[chosen]
 
-def _beside(rows, answers):
-    "Tabulate every question with what was wanted, base, tuned, and the outcome."
-    import pandas as pd
-    base, tuned = ([a['answer'] for a in answers[name]] for name in ('base', 'tuned'))
-    return pd.DataFrame([
-        dict(question=_question(row), wanted=row['output'], base=before, tuned=after,
-             outcome=_outcome(row, before, after))
-        for row, before, after in zip(rows, base, tuned, strict=True)])
-
-def _question(row): return ' / '.join(filter(None, (row['instruction'], row['input'])))
+# %% ../nbs/04_eval.ipynb #e63a3bad
+from .prompt import format_answer
+from .runs import (need, note, read_jsonl, read_manifest, stage, write_json,
+                             write_jsonl)
+from .gguffile import load_gguf
+from .data import rows_to_measure
+from .base import (base_name, base_note, free_memory, load_tokenizer,
+                             pick_device, settle_dtype)
+from .train import plot_loss
+from .report import render_page
 
 # %% ../nbs/04_eval.ipynb #44ed4160
 def load_evaluated(
@@ -128,29 +125,19 @@ def load_evaluated(
     return model.eval(), load_tokenizer(recipe)
 
 # %% ../nbs/04_eval.ipynb #0df32f68
-def _models(recipe, run, rows, asked):
+def _measure_all(recipe, run, rows, asked):
     "Measure every model of a run, one in memory at a time."
-    texts = [row[field] for row in read_jsonl(run/'data'/'train.jsonl') + rows
-             for field in ('instruction', 'input', 'output')]
-    nouns, questions = known_nouns(texts), [rows[i] for i in asked]
+    questions = [rows[i] for i in asked]
+    nouns = known_nouns([row[field] for field in ('instruction', 'input', 'output')
+                         for row in read_jsonl(run/'data'/'train.jsonl') + rows])
     models, scored, answers = {}, {}, {}
     for name in ('base', 'tuned', 'merged', *(f'gguf-{kind}' for kind in recipe.gguf)):
-        if _is_merged(name, run):
-            scored[name], answers[name] = scored['merged'], answers['merged']
-        else: scored[name], answers[name] = _measure(name, recipe, run, rows, asked)
+        scored[name], answers[name] = _measure(name, recipe, run, rows, asked)
         models[name] = (summarize(scored[name], recipe.seed)
                         | describe_answers(questions, answers[name], nouns))
         note(run, f'eval: {name}, answer loss {models[name]["answer_nll"]:.3f}')
         free_memory()
     return models, scored, answers
-
-def _is_merged(name, run):
-    "Say whether the export has proved that a file holds the merged weights exactly."
-    if name != 'gguf-bf16': return False
-    proofs = json.loads((need(run, 'ollama')/'verify.json').read_text(encoding='utf-8'))
-    config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
-    file = proofs['files_proved'].get('bf16', {}).get('file', {})
-    return config['dtype'] == 'bfloat16' and file.get('different') == []
 
 # %% ../nbs/04_eval.ipynb #8c2e1821
 def _measure(name, recipe, run, rows, asked):
@@ -158,17 +145,14 @@ def _measure(name, recipe, run, rows, asked):
     model, tok = load_evaluated(name, recipe, run)
     scores = answer_nll(model, tok, rows, recipe.style, recipe.max_length,
                         what=f'{name} scores')
-    made, unsure = {}, []
-    for i in asked:
-        if (s := scores[i]) and s['sure'] == s['tokens'] <= recipe.max_new_tokens:
-            # sure of each token that is wanted: those are what it would write
-            ids = tok(format_answer(rows[i], recipe.style), add_special_tokens=False)
-            text = tok.decode(ids['input_ids'], skip_special_tokens=True)
-            made[i] = dict(answer=text, stopped=True)
-        else: unsure.append(i)
+    sure = [i for i in asked if (s := scores[i])   # of each token of the wanted answer
+            and s['sure'] == s['tokens'] <= recipe.max_new_tokens]
+    made = {i: dict(answer=format_answer(rows[i], recipe.style), stopped=True)
+            for i in sure}
+    unsure = [i for i in asked if i not in made]
     written = generate(model, tok, [rows[i] for i in unsure], recipe.style,
                        recipe.max_new_tokens, what=f'{name} answers')
-    made |= dict(zip(unsure, written))
+    made |= zip(unsure, written)
     return scores, [made[i] for i in asked]
 
 # %% ../nbs/04_eval.ipynb #ac61e92d
@@ -176,69 +160,58 @@ def _differences(scored, seed):
     "Compare base with tuned, tuned with merged, and merged with each file."
     pairs = [('tuned', 'base'), ('merged', 'tuned'),
              *((name, 'merged') for name in scored if name.startswith('gguf-'))]
-    kept = {name: [s | dict(bits=s['nll'] / math.log(2)) for s in scores if s]
-            for name, scores in scored.items()}
+    kept = {name: [s for s in scores if s] for name, scores in scored.items()}
     return {f'{one} - {two}': {
-        measure: paired_difference(kept[two], kept[one], *MEASURES[measure], seed)
+        measure: paired_difference(kept[two], kept[one], measure, seed)
         for measure in ('answer_nll', 'token_accuracy', 'bits_per_byte')}
         for one, two in pairs}
 
 def _training(run):
-    "Take from the trainer's metrics what the training cost."
+    "Read what the training cost, and the seconds of each stage."
     metrics = json.loads((run/'adapter'/'metrics.json').read_text(encoding='utf-8'))
-    names = ('rows', 'steps', 'num_tokens', 'train_runtime', 'predicted_seconds',
-             'tokens_per_second', 'peak_memory_bytes', 'trainable_parameters', 'device',
-             'mean_token_accuracy')
     seconds = {name: s['seconds'] for name, s in read_manifest(run)['stages'].items()}
-    return {name: metrics[name] for name in names} | dict(stage_seconds=seconds)
+    return metrics | dict(stage_seconds=seconds)
 
 # %% ../nbs/04_eval.ipynb #d997fadf
 def _cases(rows, answers, asked):
-    "Count outcomes, draw the questions that are shown, and collect failures by kind."
-    ends, kinds, wrong = Counter(_beside(rows, answers).outcome), None, None
+    "Count outcomes, draw questions to show, and count and collect failures by kind."
+    import pandas as pd
+    table, kinds, wrong = side_by_side(rows, answers), None, None
     if all('kind' in row for row in rows):
-        kinds = match_by_kind(rows, answers).to_dict('index')
-        wrong = _failures(rows, answers['tuned'])
+        table['kind'] = [row['kind'] for row in rows]
+        right = pd.DataFrame({name: map(exact_match, rows, (a['answer'] for a in made))
+                              for name, made in answers.items()})
+        groups, failed = right.groupby(table.kind), table[~right.tuned]
+        kinds = groups.mean().assign(rows=groups.size()).to_dict('index')
+        columns = dict(question='question', wanted='wanted', tuned='answer')
+        failed = failed.rename(columns=columns).groupby('kind')[list(columns.values())]
+        wrong = {kind: some.head(5).to_dict('records') for kind, some in failed}
+    ends, drawn = Counter(table.outcome), side_by_side(rows, answers, 20)
     return dict(outcomes={end: ends[end] for end in ('better', 'same', 'worse')},
                 kinds=kinds, failures=wrong,
-                examples=[dict(row=asked[i]) | line for i, line in
-                          side_by_side(rows, answers).to_dict('index').items()])
-
-def _failures(rows, made):
-    "Collect five wrong answers of each kind that has any, those with the most first."
-    wrong = {}
-    for row, answer in zip(rows, (a['answer'] for a in made)):
-        if not exact_match(row, answer):
-            wrong.setdefault(row['kind'], []).append(
-                dict(question=_question(row), wanted=row['output'], answer=answer))
-    most_first = sorted(wrong, key=lambda kind: -len(wrong[kind]))
-    return {kind: wrong[kind][:5] for kind in most_first}
+                examples=[dict(row=asked[i]) | line
+                          for i, line in drawn.to_dict('index').items()])
 
 # %% ../nbs/04_eval.ipynb #7bb990db
-def _write(report, rows, asked, scored, answers, folder):
-    "Write the report for programs and for people, every answer and every score."
-    write_json(report, folder/'report.json')
+def _write_rows(rows, asked, scored, answers, folder):
+    "Write every answer and every score."
     said = {name: dict(zip(asked, (a['answer'] for a in made)))
             for name, made in answers.items()}
     write_jsonl([row | {name: texts.get(i) for name, texts in said.items()}
                  for i, row in enumerate(rows)], folder/'answers.jsonl')
     write_jsonl([dict(zip(scored, line)) for line in zip(*scored.values())],
                 folder/'scores.jsonl')
+
+def _write_report(report, log, folder):
+    "Write the report for programs and for people."
+    from matplotlib.figure import Figure
+    write_json(report, folder/'report.json')
     for name in ('report.md', 'side_by_side.md'):
         text = render_page(f'{name}.jinja', report=report)
         (folder/name).write_text(text, encoding='utf-8', newline='\n')
-
-def _draw(report, log, rows, answers, folder):
-    "Write models.png and loss.png, and kinds.png where rows have kinds."
-    from matplotlib.figure import Figure
-    plots = dict(models=(plot_models, report), loss=(plot_loss, log))
-    if report['kinds']:
-        shown = {name: answers[name] for name in ('base', 'tuned')}
-        plots['kinds'] = plot_kinds, match_by_kind(rows, shown)
-    for name, (draw, what) in plots.items():
-        figure = Figure(figsize=(8, 4), layout='constrained')
-        draw(what, figure.subplots())
-        figure.savefig(folder/f'{name}.png', dpi=110)
+    figure = Figure(figsize=(8, 4), layout='constrained')
+    plot_loss(log, figure.subplots())
+    figure.savefig(folder/'loss.png', dpi=110)
 
 # %% ../nbs/04_eval.ipynb #7491563d
 def evaluate(
@@ -253,14 +226,15 @@ def evaluate(
         asked = range(len(rows))      # scoring is cheap, and answering is not
         if 0 < recipe.answer_rows < len(rows):
             asked = sorted(random.Random(recipe.seed).sample(asked, recipe.answer_rows))
-        questions = [rows[i] for i in asked]
-        models, scored, answers = _models(settle_dtype(recipe, run), run, rows, asked)
+        settled = settle_dtype(recipe, run)
+        models, scored, answers = _measure_all(settled, run, rows, asked)
         report = dict(
             rows=len(rows), answered=len(asked), held_out=held_out, recipe=recipe.name,
             base=base_name(recipe.base), base_note=base_note(recipe.base),
             models=models, differences=_differences(scored, recipe.seed),
-            training=_training(run), **_cases(questions, answers, asked))
-        _write(report, rows, asked, scored, answers, folder)
-        _draw(report, read_jsonl(run/'adapter'/'log.jsonl'), questions, answers, folder)
+            training=_training(run),
+            **_cases([rows[i] for i in asked], answers, asked))
+        _write_rows(rows, asked, scored, answers, folder)
+        _write_report(report, read_jsonl(run/'adapter'/'log.jsonl'), folder)
         return report
     return stage(recipe, run, 'eval', make, force)
