@@ -12,7 +12,6 @@ from pathlib import Path
 
 from .recipe import Recipe
 from .stats import paired_difference, share_ci
-from .base import settle_dtype
 from .eval import load_evaluated
 
 # %% ../nbs/bench.ipynb #19658130
@@ -59,7 +58,7 @@ def benchmark(
     "Ask a run's base and tuned models the questions of benchmarks."
     loaded = {name['task'] if isinstance(name, dict) else Path(name).stem:
               _load_tasks(name) for name in names}
-    result, recipe = {name: {} for name in loaded}, settle_dtype(recipe, run)
+    result = {name: {} for name in loaded}
     for kind in ('base', 'tuned'):
         model, tok = load_evaluated(kind, recipe, run)
         for name, tasks in loaded.items():

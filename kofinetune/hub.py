@@ -64,12 +64,11 @@ def push_run(
     from huggingface_hub import CommitOperationAdd, HfApi
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
         raise ValueError(f'REPO is {repo!r}; it must be owner/name')
-    contents = _files(run, what) | {'README.md': _card(run, what, repo).encode()}
     recipe = Recipe.load(Path(run)/'recipe.json')
     terms = '\n\n'.join(licences(recipe.source, recipe.base)) + '\n'
-    pieces = [CommitOperationAdd(name, content)
-              for name, content in (contents | {'NOTICE': terms.encode()}).items()]
-    api = HfApi()
+    contents = _files(run, what) | {'README.md': _card(run, what, repo).encode(),
+                                    'NOTICE': terms.encode()}
+    pieces, api = [CommitOperationAdd(*item) for item in contents.items()], HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(repo).private:
