@@ -174,7 +174,9 @@ def _print_table(title, names, rows):
     for row in rows: table.add_row(*row)
     Console().print(table)
 
-def _short(text): return text if len(text) <= 80 else f'{text[:79]}…'
+def _short(text):
+    text = text.replace('\n', '⏎')
+    return text if len(text) <= 80 else f'{text[:79]}…'
 
 # %% ../nbs/cli.ipynb #586a0b21
 def _summarize(run):
@@ -291,9 +293,9 @@ def _compare(
             None, '--out', metavar='DIR',
             help='Write compare.md, compare.json and compare.png there.')):
     "Finished runs side by side: paired intervals, curves, cost, recipe fields."
-    from kofinetune.report import compare_runs, comparison_table
+    from kofinetune.report import compare_runs
     result = compare_runs(runs, out)
-    head, *lines = comparison_table(result)
+    head, *lines = result['table']
     _print_table(f'{result["rows"]:,} rows evaluated by every run', head, lines)
     for note in result['notes']: typer.echo(f'Note: {note}.')
     if out: typer.echo(f'compare: done, {out}/compare.md')
@@ -310,8 +312,7 @@ def _push(
             False, '--accept-noncommercial',
             help='I know the terms of the data and of the base.')):
     "A run's model and its card, with both licences, to the Hub."
-    from kofinetune.hub import push_files, push_run
-    push_files(run, what)
+    from kofinetune.hub import push_run
     if not accept:
         raise ValueError('KoAlpaca forbids commercial use (CC BY-NC 4.0) and Gemma has '
                          'its own terms, and both travel with a model made of them; '

@@ -21,30 +21,26 @@ def score_tokens(
     import torch
     top = torch.full(targets.shape, -1e30, device=hidden.device)
     wanted, other, total, spread = top.clone(), top, top * 0, top * 0
-    expected = torch.zeros_like(hidden, dtype=torch.float32)
+    expected = torch.zeros_like(hidden).float()
     with torch.no_grad():
         for start in range(0, len(weight), entries):
             part = weight[start:start + entries]
             logits = (hidden @ part.T).float()
             own = ((targets >= start) & (targets < start + len(part))).nonzero()[:, 0]
-            wanted[own] = logits[own, targets[own] - start]
-            logits[own, targets[own] - start] = -torch.inf
+            at = own, targets[own] - start
+            wanted[own], logits[at] = logits[at], -torch.inf
             other = torch.maximum(other, logits.amax(1))
-            logits[own, targets[own] - start] = wanted[own]
-            new = torch.maximum(other, wanted)
-            p, shrink = (logits - new[:, None]).exp_(), (top - new).exp()
+            logits[at], before = wanted[own], top
+            top = torch.maximum(other, wanted)
+            p, shrink = (logits - top[:, None]).exp_(), (before - top).exp()
             total = shrink * total + p.sum(1)
             spread = shrink * spread + torch.linalg.vecdot(p, logits)
             if learn: expected.mul_(shrink[:, None]).add_(p.to(part.dtype) @ part)
-            top = new
-    logp, entropy = wanted - top - total.log(), top + total.log() - spread / total
-    if learn: logp = logp + _slope(hidden, weight[targets], expected / total[:, None])
-    return logp, entropy, wanted >= other, wanted - other
-
-def _slope(hidden, right, expected):
-    "Zero, with the gradient of the log-probabilities: the right row less the mean one."
-    gradient = right - expected.to(right.dtype)
-    return (gradient * (hidden - hidden.detach())).float().sum(1)
+    logp, lead = wanted - top - total.log(), wanted - other
+    if learn:   # adds zero, and the gradient: the right row less the mean one
+        gradient = weight[targets] - (expected / total[:, None]).to(weight.dtype)
+        logp = logp + (gradient * (hidden - hidden.detach())).float().sum(1)
+    return logp, top + total.log() - spread / total, lead >= 0, lead
 
 # %% ../nbs/scoring.ipynb #274a8e9e
 def generate(

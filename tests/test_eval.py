@@ -73,7 +73,7 @@ def test_wilson_by_its_formula():
 def test_a_paired_difference_is_surer_than_its_parts():
     hard = np.random.default_rng(0).exponential(1, 200)
     one, two = ([dict(nll=h + gain, tokens=1, correct=0, bytes=1) for h in hard] for gain in (.1, 0.))
-    seen, parts = paired_difference(one, two, 'nll', 'tokens'), [summarize(side)['answer_nll_ci'] for side in (one, two)]
+    seen, parts = paired_difference(one, two), [summarize(side)['answer_nll_ci'] for side in (one, two)]
     assert seen['difference_ci'] == pytest.approx([-.1, -.1]) and parts[0][0] < parts[1][1]   # their own intervals overlap
 
 
@@ -110,7 +110,7 @@ def test_report_counts_what_the_answers_say(report, rehearsal_run):
     assert set(report['failures']) == wrong and all(len(f) <= 5 for f in report['failures'].values())
     assert sum(report['outcomes'].values()) == len(rows) == report['rows']
     said = {name: [dict(answer=r[name]) for r in rows] for name in ('base', 'tuned')}
-    assert report['outcomes'] == dict(better=0, same=0, worse=0) | side_by_side(rows, said, n=len(rows)).outcome.value_counts().to_dict()
+    assert report['outcomes'] == dict(better=0, same=0, worse=0) | side_by_side(rows, said).outcome.value_counts().to_dict()
     for e in report['examples']: assert (e['base'], e['tuned']) == (rows[e['row']]['base'], rows[e['row']]['tuned'])
 
 
@@ -151,7 +151,7 @@ def test_worse_answers_are_shown_first_and_no_more_than_a_quarter():
     rows = [dict(instruction=str(i), input='', output='참') for i in range(100)]
     base = [dict(answer='참' if i < 30 else '거짓') for i in range(100)]
     tuned = [dict(answer='참' if i >= 30 else '거짓') for i in range(100)]
-    drawn, again, other = (side_by_side(rows, dict(base=base, tuned=tuned), seed=seed) for seed in (0, 0, 1))
+    drawn, again, other = (side_by_side(rows, dict(base=base, tuned=tuned), 20, seed) for seed in (0, 0, 1))
     assert list(drawn.outcome[:5]) == ['worse'] * 5 and len(drawn) == 20 and drawn.index.is_unique
     assert list(drawn.index) == list(again.index) != list(other.index)
 

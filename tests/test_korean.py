@@ -4,8 +4,8 @@ import random
 import pytest
 
 from kofinetune.data import load_rows
-from kofinetune.korean import _PARTICLE, PAIRS, check_particles, code_switching, hangul_share, known_nouns, speech_level
-from kofinetune.eval import chrf, distinct
+from kofinetune.korean import PAIRS, _PARTICLE, check_particles, code_switching, hangul_share, known_nouns, speech_level
+from kofinetune.eval import distinct
 
 NOUNS = {'사람', '집', '물', '서울', '연필', '바다', '나무', '고양이', '국가', '학교', '대학', '나', '책', '전문가'}
 
@@ -34,13 +34,10 @@ def test_particles_by_hand(text, wanted):
 
 
 def test_other_rulers_by_hand():
-    assert (distinct('가나다가나', 2), distinct('나는 나는 간다', 1, words=True), distinct('', 2)) == (3 / 4, 2 / 3, 1.0)
+    assert (distinct('가나다가나', 2), distinct(['나는', '나는', '간다'], 1), distinct('', 2)) == (3 / 4, 2 / 3, 1.0)
     assert (hangul_share('한글 abc'), hangul_share('123'), hangul_share('漢字')) == (2 / 5, 1.0, 0.0)
     assert [speech_level(t) for t in ('밥을 먹어요.', '밥을 먹었다.', '밥을 먹어요. 물도 마셨다.', '')] == ['polite', 'plain', 'mixed', None]
     assert code_switching(dict(instruction='날씨를 말해 주세요.', input='', output='오늘은 sunny 하고 따뜻합니다.'))
-    assert chrf(['가나다라'], ['가나다라']) == 100 and chrf(['가나'], ['마바']) == 0
-    # by hand: one of two characters shared, no pair: precision and recall are 1/2 for 1-grams, 0 for 2-grams
-    assert chrf(['가나'], ['가마']) == pytest.approx(25)
 
 
 @pytest.mark.koalpaca

@@ -27,7 +27,7 @@ def test_a_run_writes_exactly_these_files(rehearsal_run):
     assert files(rehearsal_run/'adapter') == {'adapter_config.json', 'adapter_model.safetensors', 'README.md', 'log.jsonl', 'metrics.json'}
     assert files(rehearsal_run/'merged') == tokenizer | {'config.json', 'generation_config.json', 'model.safetensors'}
     assert files(rehearsal_run/'ollama') == {'model-bf16.gguf', 'model-q8_0.gguf', 'Modelfile', 'verify.json'}
-    assert files(rehearsal_run/'eval') == {'report.json', 'report.md', 'side_by_side.md', 'answers.jsonl', 'scores.jsonl', 'models.png', 'loss.png', 'kinds.png'}
+    assert files(rehearsal_run/'eval') == {'report.json', 'report.md', 'side_by_side.md', 'answers.jsonl', 'scores.jsonl', 'loss.png'}
     assert {p.name for p in rehearsal_run.iterdir()} - {'log.txt'} == {'data', 'adapter', 'merged', 'ollama', 'eval', 'recipe.json', 'manifest.json', '.lock'}
 
 

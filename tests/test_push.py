@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from kofinetune.hub import model_card
+from kofinetune import hub as publishing
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_manifest
 
@@ -167,7 +167,7 @@ def test_the_card_says_what_was_measured(hub, run, tmp_path):
 def test_the_code_on_the_card_runs(run, tmp_path):
     "With the run's own folder in the place of the repository."
     for what, stage in (('merged', 'merged'), ('adapter', 'adapter')):
-        code = model_card(run, what, REPO).split('```python\n')[1].split('```')[0].replace(REPO, str(run/stage))
+        code = publishing._card(run, what, REPO).split('```python\n')[1].split('```')[0].replace(REPO, str(run/stage))
         seen = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
         assert seen.returncode == 0 and seen.stdout.strip(), seen.stderr
 
@@ -175,7 +175,7 @@ def test_the_code_on_the_card_runs(run, tmp_path):
 def test_a_model_of_gemma_and_koalpaca_carries_both_licences(run, tmp_path):
     (run/'recipe.json').write_text(json.dumps(asdict(Recipe.named('best'))), encoding='utf-8')
     for what, relation in (('merged', 'finetune'), ('adapter', 'adapter')):
-        card = model_card(run, what, REPO)
+        card = publishing._card(run, what, REPO)
         data = yaml.safe_load(card.split('---')[1])
         assert data['license'] == 'other' and 'gemma' in data['license_name'] and 'cc-by-nc-4.0' in data['license_name']
         assert (data['base_model'], data['base_model_relation']) == ('google/gemma-3-270m', relation)
@@ -186,7 +186,7 @@ def test_a_card_names_no_path_of_this_machine(run, tmp_path):
     recipe = Recipe.named('rehearsal').replace(base=str(tmp_path/'my-base'), source=str(tmp_path/'mine.jsonl'))
     (run/'recipe.json').write_text(json.dumps(asdict(recipe)), encoding='utf-8')
     for what in INTENDED:
-        card = model_card(run, what, REPO)
+        card = publishing._card(run, what, REPO)
         assert str(tmp_path) not in card and 'my-base' in card and 'own rows' in card
 
 
@@ -205,10 +205,10 @@ def test_a_public_repository_is_refused_unless_that_is_said(hub, run, tmp_path):
 
 REFUSALS = {'a token that the Hub does not know': (dict(HF_TOKEN='hf_wrong'), None, 'hf auth login'),
             'no token': (dict(HF_TOKEN=''), None, 'hf auth login'),
-            'a token that may not make a repository': ({}, ('/api/repos/create', 403), 'https://huggingface.co/settings/tokens'),
-            'a token that may not commit': ({}, ('/api/models/me/model/commit', 403), 'https://huggingface.co/settings/tokens'),
-            'no such owner': ({}, ('/api/repos/create', 404), 'is the owner right?'),
-            'offline': (dict(HF_HUB_OFFLINE='1'), None, 'HF_HUB_OFFLINE is set; unset it'),
+            'a token that may not make a repository': ({}, ('/api/repos/create', 403), 'hf auth login'),
+            'a token that may not commit': ({}, ('/api/models/me/model/commit', 403), 'hf auth login'),
+            'no such owner': ({}, ('/api/repos/create', 404), 'check the owner'),
+            'offline': (dict(HF_HUB_OFFLINE='1'), None, 'HF_HUB_OFFLINE'),
             'no network': (dict(HF_ENDPOINT='http://127.0.0.1:9'), None, 'run the same command again')}
 
 

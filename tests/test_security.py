@@ -153,13 +153,13 @@ def kofinetune(*args, cwd, **env):
 
 def test_no_secret_in_a_whole_run_nor_in_what_fails(tmp_path, echo, rehearsal_run):
     "Every stage of a small run, its card, and a push that is refused by a server which repeats the key."
-    from kofinetune.hub import model_card
+    from kofinetune import hub as publishing
     (tmp_path/'tmp').mkdir()
     small = ['--set', 'rows=400', '--set', 'valid_rows=20', '--set', 'epochs=0.2', '--set', 'quant=none', '--set', 'report_to=tensorboard',
              '--set', 'gguf=q8_0']
     ran = kofinetune('run', '--recipe', 'rehearsal', '--run', 'r', *small, cwd=tmp_path, OLLAMA_HOST='127.0.0.1:9')
     assert ran.returncode == 0, ran.stderr
-    said = [ran.stdout, ran.stderr, *(model_card(tmp_path/'r', what) for what in ('merged', 'adapter', 'gguf'))]
+    said = [ran.stdout, ran.stderr, *(publishing._card(tmp_path/'r', what) for what in ('merged', 'adapter', 'gguf'))]
     hub = dict(HF_ENDPOINT=f'http://127.0.0.1:{echo.server_port}', HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1', NO_PROXY='127.0.0.1')
     for echo.status in (401, 403, 500):
         pushed = kofinetune('push', 'r', 'me/model', '--accept-noncommercial', cwd=tmp_path, **hub)
