@@ -22,7 +22,7 @@ def value(text, here):
     from kofinetune.recipe import Recipe
     if not (isinstance(text, str) and text.startswith('@')): return text
     name, *settings = text[1:].split(' ')
-    recipe = Recipe(quant='none').replace(**dict(map(cli.parse_setting, settings if name == 'recipe' else [f'base={s}' for s in settings])))
+    recipe = Recipe(quant='none').replace(**dict(map(cli._setting, settings if name == 'recipe' else [f'base={s}' for s in settings])))
     if name == 'recipe': return recipe
     if name != 'base': return here/text[1:]
     from kofinetune.base import load_base
@@ -31,12 +31,13 @@ def value(text, here):
 
 def refused(case, here, monkeypatch):
     "Do what a case says inside the command's own `main`: its exit code."
+    monkeypatch.setattr('signal.signal', lambda *_: None)     # Ctrl-C ends these tests, not the command
     if 'run' in case: monkeypatch.setattr('sys.argv', ['kofinetune', *shlex.split(case['run'])])
     else:
         name, *args = case['call']
         module, name = name.split('.')
         function = getattr(importlib.import_module(f'kofinetune.{module}'), name)
-        monkeypatch.setattr(cli, 'app', lambda prog_name: function(*(value(a, here) for a in args)))
+        monkeypatch.setattr(cli, '_app', lambda prog_name: function(*(value(a, here) for a in args)))
         monkeypatch.setattr('sys.argv', ['kofinetune'])
     try: cli.main()
     except SystemExit as e: return e.code
@@ -51,7 +52,7 @@ def base(): return stand_in_base()
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys, request):
+def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capfd, request):
     case, here = CASES[name], tmp_path
     for file, text in case.get('files', {}).items(): (here/file).write_text(text, encoding='utf-8', newline='')
     needs_run = case.get('make', '').startswith(('run_', 'adapter', 'merged', 'tokenizer', 'gguf', 'modelfile'))
@@ -60,8 +61,8 @@ def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(here)
     for key, text in case.get('env', {}).items(): monkeypatch.setenv(key, text.replace('HERE', str(here)))
     before = files(here)
-    capsys.readouterr()
-    code, said = refused(case, here, monkeypatch), capsys.readouterr()
+    capfd.readouterr()
+    code, said = refused(case, here, monkeypatch), capfd.readouterr()
     line = said.err.strip().splitlines()[-1] if said.err.strip() else ''
     if os.environ.get('SHOW_BAD_INPUTS'): print(f'\n{name}\n  {code} {line}')
     assert (code, line.startswith('kofinetune: ')) == (case.get('code', 2), True), said.err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from kofinetune.recipe import GEMMA, Recipe
+from kofinetune.recipe import Recipe
 from kofinetune.runs import stage
 from kofinetune.data import SOURCES, prepare
 from kofinetune.server import _is_loopback, server_url
@@ -61,7 +61,7 @@ def test_code_beside_a_base_is_not_run(model_type, tmp_path):
 
 
 def test_what_is_downloaded_is_pinned():
-    assert re.fullmatch('[0-9a-f]{40}', GEMMA['revision'])
+    assert re.fullmatch('[0-9a-f]{40}', Recipe.named('best').revision)
     for source in SOURCES.values():
         assert re.search('/[0-9a-f]{40}/', source['url']) and re.fullmatch('[0-9a-f]{40}', source['blob'])
         assert source['url'].startswith('https://')
