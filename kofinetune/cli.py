@@ -241,17 +241,17 @@ def _push(
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({seen_by})')
 
 # %% ../nbs/cli.ipynb #2295e40d
-def _say(text):
-    "Write the one line of an error; a terminal that was closed takes none."
+def _say(text, begin=''):
+    "Write the one line of an error; a closed terminal takes none, nor a busy stream."
     line = ' '.join(without_secrets(text).split())
-    with suppress(OSError): os.write(2, f'kofinetune: {line}\n'.encode())
+    with suppress(OSError, RuntimeError):
+        print(f'{begin}kofinetune: {line}', file=sys.stderr, flush=True)
 
 def _stop(number, frame):
     "End at once on a signal: a library could lose an exception."
-    if rank() == 0:
-        with suppress(OSError): os.write(2, b'\n')   # below the progress bar
+    if rank() == 0:   # below the progress bar
         _say(f'stopped by {signal.Signals(number).name}; go on with: '
-             f'kofinetune {shlex.join(sys.argv[1:])}')
+             f'kofinetune {shlex.join(sys.argv[1:])}', begin='\n')
     os._exit(1)
 
 def _explain(error):

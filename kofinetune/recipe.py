@@ -89,11 +89,8 @@ class Recipe:
     ) -> 'Recipe':
         "Read a recipe from a file; `extends = 'best'` in it starts from that preset."
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f'{path} is not a file; give a recipe name or a '
-                                    '.toml or .json file')
         read = tomllib.loads if path.suffix == '.toml' else json.loads
-        try: values = {'name': path.stem} | read(read_text(path))
+        try: values = {'name': path.stem, **read(read_text(path))}
         except (ValueError, TypeError, RecursionError) as e:
             raise ValueError(f'{path} cannot be read: {e}') from None
         start = Recipe.named(values.pop('extends')) if 'extends' in values else Recipe()
@@ -135,8 +132,6 @@ def _field_faults(f, value):
     right = isinstance(value, (int, float) if kind is float else kind)
     if not right or isinstance(value, bool) != (kind is bool):
         yield f'{name} is {value!r}; it must be {kind.__name__}'
-    if kind is tuple and not all(isinstance(item, str) for item in value):
-        yield f'{name} is {value!r}; all that it holds must be text'
     if name in _CHOICES and value not in _CHOICES[name]:
         yield f'{name} is {value!r}; it is one of {", ".join(_CHOICES[name])}'
     if name in ('epochs', 'learning_rate', 'save_steps') and value <= 0:
@@ -156,7 +151,7 @@ def _joint_faults(r):
                'trained; set quant=none')
     if 'r' in r.lora: yield f'lora.r is {r.lora["r"]!r}; the rank is lora_r'
     if not r.gguf or not {*r.gguf} <= {'bf16', 'f16', 'q8_0'}:
-        yield f'gguf names {", ".join(r.gguf) or "nothing"}; they are bf16, f16, q8_0'
+        yield f'gguf is {list(r.gguf)}; choose from bf16, f16, q8_0'
     if r.max_new_tokens >= r.num_ctx:
         yield (f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room '
                'is left for a prompt')

@@ -52,7 +52,7 @@ def base(): return stand_in_base()
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capfd, request):
+def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capsys, request):
     case, here = CASES[name], tmp_path
     for file, text in case.get('files', {}).items(): (here/file).write_text(text, encoding='utf-8', newline='')
     needs_run = case.get('make', '').startswith(('run_', 'adapter', 'merged', 'tokenizer', 'gguf', 'modelfile'))
@@ -61,8 +61,8 @@ def test_is_refused_in_one_line(name, tmp_path, monkeypatch, capfd, request):
     monkeypatch.chdir(here)
     for key, text in case.get('env', {}).items(): monkeypatch.setenv(key, text.replace('HERE', str(here)))
     before = files(here)
-    capfd.readouterr()
-    code, said = refused(case, here, monkeypatch), capfd.readouterr()
+    capsys.readouterr()
+    code, said = refused(case, here, monkeypatch), capsys.readouterr()
     line = said.err.strip().splitlines()[-1] if said.err.strip() else ''
     if os.environ.get('SHOW_BAD_INPUTS'): print(f'\n{name}\n  {code} {line}')
     assert (code, line.startswith('kofinetune: ')) == (case.get('code', 2), True), said.err
