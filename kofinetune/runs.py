@@ -84,8 +84,9 @@ def write_jsonl(
     path: Path,        # the file to write
 ) -> Path:
     "Write `rows` to `path`, one JSON object a line, UTF-8, Hangul as Hangul."
-    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
-    Path(path).write_text(''.join(lines), encoding='utf-8', newline='\n')
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    with Path(path).open('w', encoding='utf-8', newline='\n') as f:
+        f.writelines(encode(row) + '\n' for row in rows)
     return Path(path)
 
 def read_jsonl(
