@@ -17,9 +17,10 @@ from pathlib import Path
 
 from kofinetune import base, cli, data
 from kofinetune.rehearsal import stand_in_base
-from kofinetune.runs import COMMANDS, file_hashes, read_manifest, working_on, write_json, write_jsonl
+from kofinetune.runs import STAGES as MADE, file_hashes, read_manifest, write_json, write_jsonl
 
-STAGES, FOLDERS = tuple(COMMANDS.values()), {command: name for name, command in COMMANDS.items()}
+FOLDERS = {made.command: name for name, made in MADE.items()}
+STAGES = tuple(FOLDERS)
 SMALL = {'rows': 44, 'valid_rows': 6, 'epochs': 1.0, 'max_length': 64, 'grad_accum': 2, 'save_steps': 2, 'lora_r': 4,
          'lora.lora_dropout': .1, 'max_new_tokens': 8, 'gguf': 'q8_0'}
 GEMMA = {'rows': 240, 'valid_rows': 20, 'epochs': 1.0, 'save_steps': .25, 'gguf': 'q8_0'}   # of the recipe laptop
@@ -179,10 +180,8 @@ def kill_between(bench, command, chance, force=False):
 
 def signalled(bench, command, chance, number):
     job, moment = bench.disturb(command, chance, lambda job: os.kill(job.pid, number))
-    said = 'interrupted' if number == signal.SIGINT else number.name
-    wrong = job.one_line(said, f'go on with: kofinetune {command}') if job.code != -number else []    # it was not ready yet
-    if job.code == 1 and (bench.run/f'.{FOLDERS[command]}.partial').exists(): wrong.append('it left a half-made folder')
-    yield job, wrong, moment
+    said = f'stopped by {number.name}; go on with: kofinetune {command}'
+    yield job, job.one_line(said) if job.code != -number else [], moment    # or it was not ready yet
 
 
 def no_room(bench, command, chance):
@@ -221,7 +220,7 @@ def read_only(bench, command, chance):
         job = bench.start(command)
         job.wait()
         remount('rw')
-        yield job, job.one_line('could not be written'), 'from the start'
+        yield job, job.one_line('Read-only file system'), 'from the start'
 
 
 def vanish(bench, command, chance):
@@ -247,7 +246,8 @@ def vanish_data(bench, command, chance):
 def two_at_once(bench, command, chance):
     bench.fresh(command)
     first = bench.start(command)
-    while not working_on(bench.run) and first.running(): time.sleep(.001)
+    holder = bench.run/'.lock'
+    while not (holder.is_file() and holder.read_text()) and first.running(): time.sleep(.001)
     os.kill(first.pid, signal.SIGSTOP)              # asleep, it holds the run all the same
     second = bench.start(command)
     second.wait()

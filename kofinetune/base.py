@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from .recipe import GEMMA, Recipe
+from .recipe import Recipe
 from .runs import read_manifest, world_size, write_json
 from .gguffile import is_gguf, unpack_gguf
 from .data import cache_dir
@@ -283,7 +283,8 @@ def _check_base(recipe):
     base, revision, folder = recipe.base, recipe.revision, Path(recipe.base)
     on_hub = re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', base) and not folder.exists()
     if on_hub and not re.fullmatch('[0-9a-f]{40}', revision):
-        such = f', such as {GEMMA["revision"]}' if base == GEMMA['base'] else ''
+        best = Recipe.named('best')
+        such = f', such as {best.revision}' if base == best.base else ''
         raise ValueError(
             f'base {base!r} has revision {revision!r}, and what that names can change; '
             'set revision to a commit of '

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .prompt import format_answer, format_prompt
-from .recipe import TRAINER, Recipe, nearest
+from .recipe import Recipe, nearest
 from .base import (base_name, is_sharded, load_base, load_tokenizer,
                              peak_memory, pick_device, refuse_pickles, settle_dtype)
 # it misses a kernel that is not used here
@@ -187,7 +187,7 @@ def make_trainer(
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
     steps = count_steps(dataset, recipe)['steps']
-    settings = _settings(recipe, steps, len(held_out) > 0) | TRAINER | recipe.trainer
+    settings = _settings(recipe, steps, len(held_out) > 0) | recipe.trainer_options()
     callbacks = make_callbacks(recipe, folder)
     trainer = SFTTrainer(
         model=model, args=SFTConfig(str(folder), **settings | more),
@@ -220,7 +220,7 @@ def check_options(
                                  'the recipe')
     try:
         LoraConfig(**recipe.lora_options())
-        SFTConfig('.', **settings | TRAINER | recipe.trainer)
+        SFTConfig('.', **settings | recipe.trainer_options())
     except (TypeError, ValueError) as e:
         raise ValueError('lora or trainer has a value that does not fit: '
                          f'{str(e)[:300]}') from None

@@ -22,7 +22,7 @@ def value(text, here):
     from kofinetune.recipe import Recipe
     if not (isinstance(text, str) and text.startswith('@')): return text
     name, *settings = text[1:].split(' ')
-    recipe = Recipe(quant='none').replace(**dict(map(cli.parse_setting, settings if name == 'recipe' else [f'base={s}' for s in settings])))
+    recipe = Recipe(quant='none').replace(**dict(map(cli._setting, settings if name == 'recipe' else [f'base={s}' for s in settings])))
     if name == 'recipe': return recipe
     if name != 'base': return here/text[1:]
     from kofinetune.base import load_base
@@ -31,12 +31,13 @@ def value(text, here):
 
 def refused(case, here, monkeypatch):
     "Do what a case says inside the command's own `main`: its exit code."
+    monkeypatch.setattr('signal.signal', lambda *_: None)     # Ctrl-C ends these tests, not the command
     if 'run' in case: monkeypatch.setattr('sys.argv', ['kofinetune', *shlex.split(case['run'])])
     else:
         name, *args = case['call']
         module, name = name.split('.')
         function = getattr(importlib.import_module(f'kofinetune.{module}'), name)
-        monkeypatch.setattr(cli, 'app', lambda prog_name: function(*(value(a, here) for a in args)))
+        monkeypatch.setattr(cli, '_app', lambda prog_name: function(*(value(a, here) for a in args)))
         monkeypatch.setattr('sys.argv', ['kofinetune'])
     try: cli.main()
     except SystemExit as e: return e.code

@@ -3,7 +3,7 @@ import os, resource, shutil, subprocess, sys
 
 import pytest
 
-from kofinetune.recipe import GEMMA
+from kofinetune.recipe import Recipe
 
 COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
 
@@ -17,29 +17,12 @@ def write(folder, name, text):
     return name
 
 
-# each: files to write, arguments, exit code, what the one line must say
-BAD = {
-    'not json': ({'a.json': 'hello'}, ['data', '--set', 'source=a.json'], 2, 'a.json is not JSON'),
-    'json cut short': ({'a.json': '[{"instruction": "x"'}, ['data', '--set', 'source=a.json'], 2, 'line 1 column'),
-    'not an array': ({'a.json': '{}'}, ['data', '--set', 'source=a.json'], 2, 'must be an array'),
-    'no output': ({'a.jsonl': '{"instruction": "x", "output": "y"}\n{"instruction": "x"}\n'},
-                  ['data', '--set', 'source=a.jsonl'], 2, "line 2 has no 'output'"),
-    'output is a number': ({'a.json': '[{"instruction": "x", "output": 1}]'}, ['data', '--set', 'source=a.json'], 2, "'output' is 1"),
-    'cp949': ({'a.json': '[{"instruction": "가"}]'.encode('cp949')}, ['data', '--set', 'source=a.json'], 2, 'iconv'),
-    'empty file': ({'a.jsonl': ''}, ['data', '--set', 'source=a.jsonl'], 2, 'holds no row'),
-    'no such file': ({}, ['data', '--set', 'source=b.jsonl'], 2, 'b.jsonl is not a file'),
-    'unknown source': ({}, ['data', '--set', 'source=koalpaca'], 2, 'koalpaca-v1.0'),
-    'more held out than there are': ({'a.json': '[{"instruction": "x", "output": "y"}]'},
-                                     ['data', '--set', 'source=a.json'], 2, 'valid_rows is 250'),
-    'unknown recipe': ({}, ['run', '--recipe', 'bset'], 2, 'laptop, best, blog, rehearsal'),
-    'recipe file missing': ({}, ['run', '--recipe', 'x.toml'], 2, 'x.toml is not a file'),
-    'recipe file broken': ({'x.toml': 'lora_r = = 3'}, ['run', '--recipe', 'x.toml'], 2, 'x.toml cannot be read'),
-    'unknown field': ({'x.toml': 'lora_rank = 3'}, ['run', '--recipe', 'x.toml'], 2, "no field 'lora_rank'"),
-    'field of another type': ({'x.toml': 'lora_r = "three"'}, ['run', '--recipe', 'x.toml'], 2, "lora_r is 'three'"),
-    'field out of range': ({}, ['train', '--set', 'learning_rate=-1'], 2, 'learning_rate is -1.0'),
-    'fp16': ({}, ['train', '--set', 'dtype=fp16'], 2, 'bf16'),
-    'set without value': ({}, ['train', '--set', 'epochs'], 2, 'no "="'),
-    'stage before its turn': ({}, ['merge'], 2, 'kofinetune train'),
+# one of each kind, in a process of its own; all others are in bad_inputs/cases.toml
+BAD = {   # files to write, arguments, exit code, what the one line must say
+    'a file': ({'a.json': 'hello'}, ['data', '--set', 'source=a.json'], 2, 'a.json is not JSON'),
+    'a recipe': ({'x.toml': 'lora_rank = 3'}, ['run', '--recipe', 'x.toml'], 2, "no field 'lora_rank'"),
+    'an option': ({}, ['train', '--set', 'learning_rate=-1'], 2, 'learning_rate is -1; it must be more than 0'),
+    'a stage before its turn': ({}, ['merge'], 2, 'kofinetune train'),
     'unknown command': ({}, ['dance'], 2, 'dance'),
 }
 
@@ -77,7 +60,7 @@ def test_without_network_the_download_fails_in_one_line(tmp_path):
 def test_without_the_hubs_licence_training_says_what_to_do(tmp_path):
     assert kofinetune('data', cwd=tmp_path).returncode == 0
     seen = kofinetune('train', '--run', 'runs/laptop', '--set', 'base=google/gemma-3-270m',
-                      '--set', f'revision={GEMMA["revision"]}', cwd=tmp_path,
+                      '--set', f'revision={Recipe.named("best").revision}', cwd=tmp_path,
                       HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path/'hub'))
     assert seen.returncode == 1 and 'hf auth login' in seen.stderr and 'huggingface.co/google/gemma-3-270m' in seen.stderr
     assert 'Traceback' not in seen.stderr and not (tmp_path/'runs'/'laptop'/'adapter').exists()

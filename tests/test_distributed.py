@@ -159,7 +159,6 @@ def test_what_is_missing_is_said_once(tmp_path):
 @pytest.mark.parametrize('command, env, message', [
     (('train',), {}, 'grad_accum is 1, and 2 processes cannot share so many batches'),
     (('train', '--set', 'grad_accum=2'), dict(ACCELERATE_USE_FSDP='true'), "quant is 'nf4', and FSDP cannot share out 4-bit weights"),
-    (('data',), {}, 'data is work for one process, and a launcher started 2'),
 ])
 def test_a_wrong_request_exits_with_2_everywhere_and_the_first_process_says_why(tmp_path, command, env, message):
     said = [launch(sys.executable, '-m', 'kofinetune.cli', *command, '--recipe', 'rehearsal', '--run', str(tmp_path/'run'),

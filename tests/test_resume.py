@@ -171,7 +171,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(train, wh
     before = last(again)
     code, lines = train(SMALL, again, file_size=(before/'optimizer.pt').stat().st_size // 2)
     assert code == 1 and lines[-1].startswith('ERROR RuntimeError: ') and 'could not be written (' in lines[-1]
-    assert lines[-1].endswith(f'then run the same command again; kept in {again}: data, {before.name}')
+    assert lines[-1].endswith('then run the same command again')
     assert last(again) == before
     assert train(SMALL, again)[0] == 0 and same(whole, again)
 
