@@ -397,7 +397,7 @@ def ollama(scratch, first):
     server = Breaking(answer)
     def before():
         os.environ['OLLAMA_HOST'] = server.url
-        if 'silent' in server.faults.values(): asking.PATIENCE = 3
+        if 'silent' in server.faults.values(): asking._PATIENCE = 3
     try:
         empty()
         first.fresh('export', with_it=True)
