@@ -24,15 +24,13 @@ _GEMMA = json.loads((files('kofinetune')/'assets'/'gemma.json').read_bytes())
 def _read_config(model_dir):
     "Read a configuration. ValueError for what a GGUF reader would get wrong."
     path, kinds = Path(model_dir)/'config.json', ('full_attention', 'sliding_attention')
-    config = _read_json(path)
+    config = json.loads(path.read_text(encoding='utf-8'))
     rope, layers = config.get('rope_parameters') or {}, config.get('num_hidden_layers')
-    seen = dict(model_type=None) | config
-    for kind in kinds:
-        made = (rope.get(kind) or {}).get('rope_type')
-        seen[f'rope_parameters/{kind}/rope_type'] = made
-    _refuse(path, seen, _GEMMA['config'] | dict(
-        query_pre_attn_scalar=config.get('head_dim'),
-        layer_types=[kinds[i % 6 != 5] for i in range(layers or 0)]))
+    rope_types = [(rope.get(kind) or {}).get('rope_type') for kind in kinds]
+    _refuse(path, dict(model_type=None) | config | dict(rope_types=rope_types),
+            _GEMMA['config'] | dict(
+                query_pre_attn_scalar=config.get('head_dim'),
+                layer_types=[kinds[i % 6 != 5] for i in range(layers or 0)]))
     return config
 
 def _refuse(path, seen, wanted):
@@ -42,12 +40,6 @@ def _refuse(path, seen, wanted):
             raise ValueError(f'{path}: {key} is {seen[key]!r}; '
                              f'the export knows only {value!r}')
 
-def _read_json(path):
-    "Read a file of a merged folder."
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f'{path} cannot be read ({e}); '
-                         'make it again with: kofinetune merge --force') from None
 
 # %% ../nbs/gguffile.ipynb #7266c6f4
 _FIRST = _GEMMA['special'][:4]   # the first four ids
@@ -65,7 +57,7 @@ def _scores(merges):
 def _read_tokens(model_dir, size):
     "Read a Gemma tokenizer as a GGUF holds it: texts, scores and types of `size` rows."
     path = Path(model_dir)/'tokenizer.json'
-    data = _read_json(path)
+    data = json.loads(path.read_text(encoding='utf-8'))
     model, added = data['model'], {t['content']: t for t in data['added_tokens']}
     seen = dict(type=model['type'], byte_fallback=model.get('byte_fallback'),
                 normalizer=data.get('normalizer'))

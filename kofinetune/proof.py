@@ -204,11 +204,11 @@ def compare_texts(
             chat = [dict(role=who, content=text) for who, text in said.items() if text]
             asked = {'/api/chat': dict(messages=chat), '/api/generate': dict(
                 prompt=row['instruction'], system=row['input'])}
-            made = [_post(client, path, model=name, _debug_render_only=True, **request)
-                    for path, request in asked.items()]
+            made = {_post(client, path, model=name, _debug_render_only=True,
+                          **request)['_debug_info']['rendered_template']
+                    for path, request in asked.items()}
             wanted = format_prompt(row, style)
-            if {m['_debug_info']['rendered_template'] for m in made} != {wanted}:
-                wrong.append(wanted)
+            if made != {wanted}: wrong.append(wanted)
     return dict(checked=len(rows), different=len(wrong), examples=wrong[:5])
 
 def _post(client, path, **request):

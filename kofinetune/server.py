@@ -48,18 +48,16 @@ def ollama_client(
 ):               # an ollama.Client
     "Talk to an Ollama server; a failure becomes one line that says how to go on."
     import httpx, ollama
-    advice = 'start it again with: ollama serve'
     try:
         yield ollama.Client(timeout=_PATIENCE)
         return
-    except httpx.TimeoutException:
-        said = f'said nothing for {_PATIENCE} s while {doing}'
     except ollama.ResponseError as e:
         status = f' {e.status_code}' if e.status_code > 0 else ''
         said = f'answers{status} while {doing}: {e.error}'
         advice = 'see what it printed'
     except (httpx.HTTPError, ConnectionError, json.JSONDecodeError) as e:
         said = f'broke off while {doing} ({type(e).__name__})'
+        advice = 'start it again with: ollama serve'
     raise RuntimeError(f'Ollama at {server_url()} {said}; {advice}, '
                        'then run the same command again')
 

@@ -149,8 +149,8 @@ def test_a_wrong_position_base_is_noticed(odd, tmp_path):
 
 REFUSED = {'config.json': [(dict(model_type='llama'), "model_type is 'llama'"), (dict(layer_types=['full_attention'] * 7), 'layer_types'),
                            (dict(query_pre_attn_scalar=64), 'query_pre_attn_scalar is 64'), (dict(final_logit_softcapping=30.), 'final_logit_softcapping is 30.0'),
-                           (dict(rope_parameters=None), 'rope_parameters'),
-                           (dict(rope_parameters={'full_attention': dict(rope_type='linear', factor=8.), 'sliding_attention': dict(rope_type='default')}), "is 'linear'")],
+                           (dict(rope_parameters=None), 'rope_types is [None, None]'),
+                           (dict(rope_parameters={'full_attention': dict(rope_type='linear', factor=8.), 'sliding_attention': dict(rope_type='default')}), "rope_types is ['linear', 'default']")],
            'tokenizer.json': [(dict(normalizer=None), 'normalizer is None'), (dict(model=dict(type='Unigram', vocab=[])), 'Unigram')]}
 
 

@@ -165,7 +165,6 @@ def _tokenizer(here, run, **model):
 def tokenizer_without_bytes(here, base, run): _tokenizer(here, run, byte_fallback=False)
 def tokenizer_of_words(here, base, run): _tokenizer(here, run, type='WordPiece')
 def tokenizer_as_it_is(here, base, run): _merged(here, run)
-def tokenizer_broken(here, base, run): (_merged(here, run)/'tokenizer.json').write_text('{')
 
 
 def tokenizer_that_lowers(here, base, run):
@@ -180,7 +179,6 @@ def merged_config(here, base, run, **changes):
 
 def merged_of_gemma2(here, base, run): merged_config(here, base, run, model_type='gemma2')
 def merged_with_a_softcap(here, base, run): merged_config(here, base, run, final_logit_softcapping=30.0)
-def merged_config_broken(here, base, run): (_merged(here, run)/'config.json').write_text('{')
 def merged_without_weights(here, base, run): _merged(here, run, ['*.safetensors'])
 
 
