@@ -159,7 +159,7 @@ def test_a_held_out_question_gets_the_right_answer(run):
     assert right > len(rows) / 2
 
 
-def test_a_finished_stage_is_registered_again(run, capsys):
+def test_a_finished_stage_is_registered_again(run, blog, capsys):
     ollama.Client().delete(NAME)
     assert _served_differences(NAME, run/'ollama') is None
     (run/'ollama'/'verify.json').write_text('{}', encoding='utf-8')
