@@ -389,7 +389,7 @@ def ollama(scratch, first):
     server = Breaking(answer)
     def before():
         os.environ['OLLAMA_HOST'] = server.url
-        if 'silent' in server.faults.values(): asking.PATIENCE = 3
+        if 'silent' in server.faults.values(): asking._PATIENCE = 3
     try:
         empty()
         first.fresh('export', with_it=True)
@@ -421,8 +421,8 @@ OLLAMA = {   # what an Ollama server does: at which request, how, and what the o
     'answers 500 to an upload': ('/api/blobs', '500', f'answers 500 while taking {FILE}: no room left in the engine; see what it printed'),
     'answers 500 to create': ('/api/create', '500', f'answers 500 while taking {FILE}: no room left in the engine'),
     'answers 500 to a question': ('/api/generate', '500', 'answers 500 while answering: no room left in the engine'),
-    'says nothing to an upload': ('POST /api/blobs', 'silent', f' s while taking {FILE}; start it again with: ollama serve'),
-    'says nothing to a question': ('/api/generate', 'silent', ' s while answering; start it again with: ollama serve'),
+    'says nothing to an upload': ('POST /api/blobs', 'silent', f'broke off while taking {FILE} ('),
+    'says nothing to a question': ('/api/generate', 'silent', 'Timeout); start it again with: ollama serve'),
     'ends an answer with done: false': ('/api/generate', UNDONE, 'broke off an answer (done: false)'),
     'answers what is no JSON': ('/api/generate', b'<html>', 'broke off while answering (JSONDecodeError)'),
     'creates what is no JSON': ('/api/create', b'<html>\n', f'broke off while taking {FILE} (JSONDecodeError)'),

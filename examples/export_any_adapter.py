@@ -17,7 +17,7 @@ from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune import read_rows
 from kofinetune.gguffile import check_gguf, write_gguf
-from kofinetune.proof import proof_failures, reference_answers, verify_gguf
+from kofinetune.proof import verify_gguf
 from kofinetune.export import modelfile
 from kofinetune.merge import copy_tokenizer, merge_into
 from kofinetune.base import load_base
@@ -40,10 +40,8 @@ write_gguf(merged, file, 'q8_0')
 (args.out/'Modelfile').write_text(modelfile(file.name, args.style), encoding='utf-8', newline='\n')
 
 prompts = [format_prompt(row, args.style) for row in read_rows(args.rows)[:100]]
-reference = reference_answers(merged, prompts)
-proof = verify_gguf(merged, file, prompts, reference, 'q8_0')
-wrong = check_gguf(merged, file, 'q8_0')['different']
-wrong += proof_failures(proof, 'q8_0')
+proof = verify_gguf(merged, file, prompts, dtype='q8_0')
+wrong = check_gguf(merged, file, 'q8_0')['different'] + proof['failed']
 if wrong: raise SystemExit(f'{file} is not the merged model: {"; ".join(wrong)}')
 print(f'{file}: {file.stat().st_size / 1e6:.1f} MB; {proof["tokens"]["checked"]} prompts with the same tokens, '
       f'{proof["greedy"]["equal"]} of {proof["greedy"]["checked"]} answers equal to the letter')

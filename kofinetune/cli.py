@@ -192,11 +192,11 @@ def _ask(run: Path = _FINISHED,
 def _verify(run: Path = _FINISHED, everything: bool = typer.Option(
         False, '--all', help='Prove the files on llama.cpp, and every packaged row.')):
     "What Ollama serves, or its files, proved again. Exit code 1 on a failure."
-    from kofinetune.export import PARTS, verify_run
+    from kofinetune.export import verify_run
     need(run, 'ollama', whole=False)
     with quiet(run, 'ollama'):
         proof = verify_run(Recipe.load(run/'recipe.json'), run, everything)
-    for part in PARTS:
+    for part in ('file', 'text', 'tokens', 'logprobs', 'greedy'):
         said = [f'{key} {n}' for key, n in proof[part].items() if key != 'examples']
         typer.echo(f'{part:>8}  {", ".join(said)}')
     typer.echo(f'{run}/ollama/verify.json, server {proof.get("server") or "none"}')

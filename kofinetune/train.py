@@ -124,7 +124,6 @@ def count_steps(
 # %% ../nbs/01_qlora_train.ipynb #6bf18756
 from .runs import (need, quiet, rank, read_jsonl, stage_inputs, world_size,
                              write_json, write_jsonl)
-from .scoring import answer_nll, generate
 from .checkpoints import (make_callbacks, open_checkpoints, predict_seconds,
                                     train_on)
 from .parallel import broadcast, save_trained, share_batches, stage_together

@@ -11,9 +11,9 @@ from kofinetune.prompt import STYLES, format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest
 from kofinetune.data import load_rows
-from kofinetune.gguffile import check_gguf, read_config, read_gguf, read_tokens, write_gguf
+from kofinetune.gguffile import _read_tokens, check_gguf, read_gguf, write_gguf
 from kofinetune.server import read_modelfile
-from kofinetune.proof import difficult_rows, proof_failures, reference_answers, serve_gguf, verify_gguf
+from kofinetune.proof import difficult_rows, serve_gguf, verify_gguf
 from kofinetune.export import export_ollama, verify_run
 from kofinetune.rehearsal import stand_in_base
 
@@ -89,7 +89,7 @@ def test_keys(odd, tmp_path):
               'tokenizer.ggml.padding_token_id': 0, 'tokenizer.ggml.add_bos_token': True, 'tokenizer.ggml.add_eos_token': False,
               'tokenizer.ggml.add_space_prefix': False}
     assert {key: keys[key] for key in wanted} == wanted
-    tokens, types, size = keys['tokenizer.ggml.tokens'], keys['tokenizer.ggml.token_type'], read_config(odd)['vocab_size']
+    tokens, types, size = keys['tokenizer.ggml.tokens'], keys['tokenizer.ggml.token_type'], json.loads((odd/'config.json').read_text())['vocab_size']
     assert len(tokens) == len(types) == len(keys['tokenizer.ggml.scores']) == size
     assert tokens[keys['tokenizer.ggml.eot_token_id']] == '<end_of_turn>'
     assert tokens[-1] == f'[PAD{size - 1}]' and types[-37:] == [5] * 37
@@ -120,18 +120,17 @@ def test_a_flipped_bit_and_a_changed_key_are_noticed(odd, tmp_path, dtype):
     assert check_gguf(odd, path, dtype, name='another')['different'] == ["general.name is 'kofinetune', not 'another'"]
 
 
-@pytest.mark.parametrize('changes', [dict(tie_word_embeddings=False), dict(hidden_size=144)], ids=['head not tied', 'rows that 32 does not divide'])
+def numbers_and_tokens(proof):
+    "What failed but the answers: those of random weights are ties."
+    return [said for said in proof['failed'] if 'answers' not in said]
+
+
 @pytest.mark.parametrize('dtype', TYPES)
-def test_odd_models_run_on_the_engine(tmp_path, changes, dtype):
-    folder = make_model(tmp_path/'m', **changes)
-    made = write_gguf(folder, tmp_path/'m.gguf', dtype)
-    assert bool(made['fell_back']) == (dtype == 'q8_0' and 'hidden_size' in changes)
-    rows = difficult_rows()[:12]
-    prompts = [format_prompt(r, 'blog') for r in rows]
-    reference = reference_answers(folder, prompts, max_new_tokens=1)
-    proof = verify_gguf(folder, tmp_path/'m.gguf', prompts, reference, dtype)
-    assert proof['logprobs']['compared'] == 5 * len(prompts)
-    assert proof_failures(proof | dict(greedy=dict(checked=0, equal=0, parted=[], not_compared=0)), dtype) == []
+def test_a_head_of_its_own_runs_on_the_engine(odd, tmp_path, dtype):
+    write_gguf(odd, tmp_path/'m.gguf', dtype)
+    prompts = [format_prompt(r, 'blog') for r in difficult_rows()[:12]]
+    proof = verify_gguf(odd, tmp_path/'m.gguf', prompts, dtype=dtype)
+    assert proof['logprobs']['compared'] == 5 * len(prompts) and numbers_and_tokens(proof) == []
 
 
 def test_a_wrong_position_base_is_noticed(odd, tmp_path):
@@ -139,8 +138,7 @@ def test_a_wrong_position_base_is_noticed(odd, tmp_path):
     import gguf
     write_gguf(odd, tmp_path/'m.gguf')
     prompts = [format_prompt(r, 'blog') for r in difficult_rows()[:12]]
-    reference = reference_answers(odd, prompts, 1)
-    def failures(name): return proof_failures(verify_gguf(odd, tmp_path/name, prompts, reference) | dict(greedy=dict(checked=0, equal=0, parted=[], not_compared=0)), 'bf16')
+    def failures(name): return numbers_and_tokens(verify_gguf(odd, tmp_path/name, prompts))
     assert not failures('m.gguf')
     for key, value in {'gemma3.rope.freq_base': 1e4, 'gemma3.attention.sliding_window': 512}.items():
         shutil.copyfile(tmp_path/'m.gguf', tmp_path/'wrong.gguf')
@@ -151,10 +149,9 @@ def test_a_wrong_position_base_is_noticed(odd, tmp_path):
 
 REFUSED = {'config.json': [(dict(model_type='llama'), "model_type is 'llama'"), (dict(layer_types=['full_attention'] * 7), 'layer_types'),
                            (dict(query_pre_attn_scalar=64), 'query_pre_attn_scalar is 64'), (dict(final_logit_softcapping=30.), 'final_logit_softcapping is 30.0'),
-                           (dict(rope_parameters=None), 'rope_parameters'),
-                           (dict(rope_parameters={'full_attention': dict(rope_type='linear', factor=8.), 'sliding_attention': dict(rope_type='default')}), "is 'linear'")],
-           'tokenizer.json': [(dict(normalizer=None), 'normalizer is None'), (dict(model=dict(type='Unigram', vocab=[])), 'Unigram'),
-                              (dict(model=dict(type='BPE', byte_fallback=True, merges=[], vocab={})), "'merges': 0")]}
+                           (dict(rope_parameters=None), 'rope_types is [None, None]'),
+                           (dict(rope_parameters={'full_attention': dict(rope_type='linear', factor=8.), 'sliding_attention': dict(rope_type='default')}), "rope_types is ['linear', 'default']")],
+           'tokenizer.json': [(dict(normalizer=None), 'normalizer is None'), (dict(model=dict(type='Unigram', vocab=[])), 'Unigram')]}
 
 
 @pytest.mark.parametrize('file, changes, message', [(file, *case) for file, cases in REFUSED.items() for case in cases])
@@ -180,12 +177,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing_else(odd, tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ['m.gguf'] and (tmp_path/'m.gguf').read_bytes() == before
 
 
-def test_what_is_missing_is_named(odd, tmp_path):
-    for name in ('config.json', 'tokenizer.json'):
-        folder = tmp_path/name
-        shutil.copytree(odd, folder)
-        (folder/name).unlink()
-        with pytest.raises(FileNotFoundError, match=f'{name} is missing; make it with: kofinetune merge'): write_gguf(folder, tmp_path/'m.gguf')
+def test_no_weights_and_no_type_make_no_file(odd, tmp_path):
     (tmp_path/'bare').mkdir()
     shutil.copyfile(odd/'config.json', tmp_path/'bare'/'config.json')
     with pytest.raises(FileNotFoundError, match='has no .safetensors'): write_gguf(tmp_path/'bare', tmp_path/'m.gguf')
@@ -198,8 +190,8 @@ def test_tokens_beyond_the_embedding_are_dropped_only_when_added(odd, tmp_path):
     size = len(data['model']['vocab'])
     added = data['added_tokens'][0] | dict(id=size, content='<image_soft_token>')
     (tmp_path/'tokenizer.json').write_text(json.dumps(data | dict(added_tokens=data['added_tokens'] + [added])), encoding='utf-8')
-    assert read_tokens(tmp_path, size)['dropped'] == ['<image_soft_token>']
-    with pytest.raises(ValueError, match='has id'): read_tokens(tmp_path, size - 1)
+    assert '<image_soft_token>' not in _read_tokens(tmp_path, size)[0]
+    with pytest.raises(ValueError, match='has no row; the embedding has'): _read_tokens(tmp_path, size - 1)
 
 
 def test_scores_decide_between_two_cuts(odd, tmp_path):
@@ -214,7 +206,7 @@ def test_scores_decide_between_two_cuts(odd, tmp_path):
     tok = AutoTokenizer.from_pretrained(tmp_path)
     assert tok.tokenize('가나다') == ['가', '나다'] and tok.tokenize('가나') == ['가나']
     write_gguf(tmp_path, tmp_path/'m.gguf')
-    proof = verify_gguf(tmp_path, tmp_path/'m.gguf', ['가나다', '다가나다가나'], reference=[])
+    proof = verify_gguf(tmp_path, tmp_path/'m.gguf', ['가나다', '다가나다가나'], asked=0)
     assert proof['tokens'] == dict(checked=2, different=0, share=0, extra_bos=0, examples=[])
 
 
@@ -233,7 +225,7 @@ def test_the_real_size(tmp_path):
     model.save_pretrained(tmp_path/'m')
     for path in stand_in_base().glob('tokenizer*'): shutil.copyfile(path, tmp_path/'m'/path.name)
     made = write_gguf(tmp_path/'m', tmp_path/'m.gguf', 'q8_0')
-    assert made['fell_back'] == [] and made['tensors'] == 236
+    assert made['tensors'] == 236
     assert 285e6 < made['bytes'] < 300e6
     shapes = {tuple(t['shape']): t for t in read_gguf(tmp_path/'m.gguf')[1]}
     assert set(shapes) == {tuple(weight.shape) for weight in model.parameters()}
@@ -263,10 +255,10 @@ def copied(rehearsal_run, tmp_path):
 
 def test_a_failed_proof_leaves_no_folder(rehearsal_run, tmp_path, monkeypatch):
     monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
-    monkeypatch.setattr(proof, '_limit', lambda dtype, own: 1e-9)
+    monkeypatch.setattr(proof, '_limit', lambda dtype, own: 1e-6)
     run = copied(rehearsal_run, tmp_path)
     shutil.rmtree(run/'ollama')
-    with pytest.raises(RuntimeError, match=r'model-bf16.gguf is not the merged model: log-probabilities differ by 0\.\d+, more than 1e-09'):
+    with pytest.raises(RuntimeError, match=r'model-bf16.gguf is not the merged model: log-probabilities differ by 0\.\d+, more than 1e-06'):
         export_ollama(Recipe.named('rehearsal').replace(gguf=('bf16',)), run)
     assert not (run/'ollama').exists() and not list(run.glob('.*partial'))
 
@@ -299,15 +291,15 @@ def test_verify_without_a_server_proves_the_files(rehearsal_run, tmp_path, monke
     assert json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8')) == said
 
 
-def test_verify_says_which_file_has_changed(rehearsal_run, tmp_path, monkeypatch):
+def test_verify_says_which_file_has_changed(rehearsal_run, tmp_path, monkeypatch, capsys):
     from kofinetune.cli import main
     run = copied(rehearsal_run, tmp_path)
     with (run/'ollama'/'model-q8_0.gguf').open('r+b') as f: f.seek(-40, 2); f.write(b'\x55')
     monkeypatch.setattr('sys.argv', ['kofinetune', 'verify', str(run)])
     with pytest.raises(SystemExit) as e: main()
     assert e.value.code == 1
-    failed = json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))['failed']
-    assert len(failed) == 1 and 'model-q8_0.gguf is not the file that was written' in failed[0] and '--force' in failed[0]
+    said = capsys.readouterr().err
+    assert 'model-q8_0.gguf is not the file that was written' in said and '--force' in said
 
 
 def test_without_a_server_it_says_how_to_register(rehearsal_run, monkeypatch, capsys):
@@ -327,7 +319,7 @@ def test_a_bad_name_is_refused_before_any_work(rehearsal_run):
 def test_tokens_of_the_packaged_rows(tmp_path, style):
     write_gguf(stand_in_base(), tmp_path/'m.gguf')
     prompts = [format_prompt(row, style) for row in load_rows('rehearsal') + difficult_rows()]
-    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', prompts, reference=[])
+    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', prompts, asked=0)
     assert proof['tokens'] == dict(checked=2320 + len(difficult_rows()), different=0, share=0, extra_bos=0, examples=[])
 
 
@@ -336,7 +328,7 @@ def test_tokens_of_the_real_rows(koalpaca, tmp_path):
     "Every real row's prompt has the ids that transformers gives it."
     write_gguf(stand_in_base(), tmp_path/'m.gguf')
     prompts = [format_prompt(row, 'blog') for row in json.loads(koalpaca.read_text(encoding='utf-8'))]
-    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', prompts, reference=[])
+    proof = verify_gguf(stand_in_base(), tmp_path/'m.gguf', prompts, asked=0)
     assert proof['tokens'] == dict(checked=8000, different=0, share=0, extra_bos=0, examples=[])
 
 
@@ -347,14 +339,16 @@ def test_the_numbers_of_an_answer_that_begins_with_a_part_of_a_letter(rehearsal_
     merged, folder = rehearsal_run/'merged', tmp_path/'m'
     model, tok = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(merged)
     prompts = [format_prompt(r) for r in read_jsonl(rehearsal_run/'data'/'valid.jsonl') if r['kind'] == 'order'][:12]
-    first = [made['answer'][0] for made in reference_answers(merged, prompts)]
+    def first_of(folder, prompt):
+        "The first token of transformers' greedy answer."
+        made = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([tok(prompt)['input_ids']]))
+        return int(made.logits[0, -1].argmax())
+    first = [first_of(merged, prompt) for prompt in prompts]
     rows, byte = model.get_input_embeddings().weight.data, tok.convert_tokens_to_ids('<0xEC>')
     rows[byte] = rows[max(set(first), key=first.count)] * 1.25      # begins in its place
     model.save_pretrained(folder)
     for path in merged.glob('tokenizer*'): shutil.copyfile(path, folder/path.name)
-    reference = reference_answers(folder, prompts)
-    assert byte in [made['answer'][0] for made in reference]
+    assert byte in [first_of(folder, prompt) for prompt in prompts]
     write_gguf(folder, tmp_path/'m.gguf')
-    proof = verify_gguf(folder, tmp_path/'m.gguf', prompts, reference)
-    assert proof['logprobs']['compared'] == 5 * len(prompts)
-    assert proof_failures(proof, 'bf16') == []
+    proof = verify_gguf(folder, tmp_path/'m.gguf', prompts)
+    assert proof['logprobs']['compared'] == 5 * len(prompts) and proof['failed'] == []

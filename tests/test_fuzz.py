@@ -121,7 +121,7 @@ def sorted_out(texts):
     kept = []
     for one in texts:
         try: _modelfile_value(one, 'LICENSE')
-        except ValueError as e: assert str(e).startswith('LICENSE: line ')
+        except ValueError as e: assert str(e).startswith('LICENSE has ')
         else: kept.append(one)
     return tuple(kept)
 
@@ -132,11 +132,11 @@ texts = st.lists(st.one_of(printed, printed, text), min_size=1, max_size=6)
 
 
 @bounded(300)
-@given(stops=texts, licences=texts)
-def test_a_modelfile_is_read_back_by_its_own_reader(stops, licences):
-    stops, licences = sorted_out(stops), sorted_out(licences)
-    made = read_modelfile(modelfile('m.gguf', stops=stops, licences=licences))
-    assert (made['from'], made['parameters'].get('stop', []), made['license']) == ('./m.gguf', list(stops), list(licences))
+@given(licences=texts)
+def test_a_modelfile_is_read_back_by_its_own_reader(licences):
+    licences = sorted_out(licences)
+    made = read_modelfile(modelfile('m.gguf', licences=licences))
+    assert (made['from'], made['license'], len(made['parameters']['stop'])) == ('./m.gguf', list(licences), 3)
 
 
 @pytest.fixture(scope='module')
@@ -158,14 +158,14 @@ def served(ollama_server, rehearsal_run, tmp_path_factory):
 
 @pytest.mark.ollama
 @bounded(25)
-@example(stops=['"'], licences=['"'])
-@given(stops=texts, licences=texts)
-def test_ollama_reads_exactly_what_was_written_or_it_was_refused_here(stops, licences, served):
-    stops, licences = [t for t in sorted_out(stops) if t], [t for t in sorted_out(licences) if t]
-    shown = served(modelfile('m.gguf', stops=tuple(stops), licences=tuple(licences)))
+@example(licences=['"'])
+@given(licences=texts)
+def test_ollama_reads_exactly_what_was_written_or_it_was_refused_here(licences, served):
+    licences = [t for t in sorted_out(licences) if t]
+    shown = served(modelfile('m.gguf', licences=tuple(licences)))
     assert shown.get('license', '') == '\n'.join(licences)
     seen = [line.split(None, 1) for line in shown.get('parameters', '').splitlines()]
-    assert [ast.literal_eval(text) for name, text in seen if name == 'stop'] == stops     # Go's quotes; `modelfile` has none around a quote
+    assert [ast.literal_eval(text) for name, text in seen if name == 'stop'] == ['### Instruction:', '### Input:', '### Response:']
 
 
 @pytest.mark.ollama

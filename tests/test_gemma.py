@@ -106,19 +106,22 @@ def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
 
 def test_every_text_that_ollama_prints_names_one_id_or_none(tok):
     "110 texts of the vocabulary belong to two ids, and U+FFFD to a piece of any letter: where it is not known which is meant, nothing is compared."
-    from kofinetune.proof import _CUT, _pieces, _said_ids, _top
-    pieces, texts = _pieces(tok), tok.convert_ids_to_tokens(range(len(tok)))
-    doubtful = {data: ids for data, ids in pieces.items() if len(ids) > 1}
-    assert len(doubtful) == 110 and pieces[b'\n'] == [107, 248] and _CUT not in pieces
-    for data, (own, byte) in doubtful.items(): assert texts[byte] == f'<0x{data[0]:02X}>' and len(data) == 1 and not texts[own].startswith('<0x')
+    from kofinetune.proof import _pieces, _read_ollama
+    pieces, texts, cut = _pieces(tok), tok.convert_ids_to_tokens(range(len(tok))), '\ufffd'.encode()
+    bytes_too = [data for data, i in pieces.items() if f'<0x{data[0]:02X}>' in tok.get_vocab() and len(data) == 1 and not texts[i].startswith('<0x')]
+    assert len(bytes_too) == 110 and pieces[b'\n'] == 107 and cut not in pieces
     def piece(data, logp): return dict(bytes=list(data), logprob=logp)
-    said = dict(logprobs=[dict(bytes=list('서울'.encode()), top_logprobs=[piece('서울'.encode(), -.1), piece(_CUT, -2.), piece(b'\n', -3.)])])
-    seoul = tok.convert_tokens_to_ids('서울')
-    assert _top(said, pieces) == {seoul: -.1, 107: -3.}
-    said['logprobs'][0]['top_logprobs'].append(piece(b'\n', -4.))       # which of the two is the letter?
-    assert _top(said, pieces) == {seoul: -.1}
-    said['logprobs'] += [dict(bytes=list(_CUT)), dict(bytes=list(b'\n'))]
-    assert _said_ids(said, [seoul, 473, 248], pieces) == [seoul, None, 248]
+    prompt = '### Response:\n'
+    ids, seoul = tok(prompt)['input_ids'], tok.convert_tokens_to_ids('서울')
+    top = [piece('서울'.encode(), -.1), piece(cut, -2.), piece(b'\n', -3.)]
+    said = dict(done=True, done_reason='stop', response='서울', context=[*ids[1:], seoul], prompt_eval_count=len(ids),
+                logprobs=[dict(token='서울', top_logprobs=top)])
+    seen = _read_ollama(said, tok, pieces, prompt, ids)
+    assert seen['same'] and seen['top'] == {seoul: -.1, 107: -3.} and seen['answer'] == [seoul, tok.eos_token_id]
+    top.append(piece(b'\n', -4.))       # which of the two is the letter?
+    assert _read_ollama(said, tok, pieces, prompt, ids)['top'] == {seoul: -.1}
+    said['logprobs'].append(dict(token='\ufffd', top_logprobs=[]))      # more tokens than the text has
+    assert _read_ollama(said, tok, pieces, prompt, ids)['answer'] is None
 
 
 @pytest.fixture(scope='module')
@@ -171,13 +174,12 @@ def test_one_wrong_row_of_one_matrix_is_refused(trained, tmp_path):
     import gguf
     import numpy as np
     from kofinetune.gguffile import check_gguf, write_gguf
-    from kofinetune.proof import proof_failures, reference_answers, verify_gguf
+    from kofinetune.proof import verify_gguf
     merged, path = trained[1]/'merged', tmp_path/'m.gguf'
     write_gguf(merged, path, 'bf16')
     assert check_gguf(merged, path, 'bf16')['different'] == []
     prompts = [format_prompt(row) for row in read_jsonl(trained[1]/'data'/'valid.jsonl')]
-    reference = reference_answers(merged, prompts, 8)
-    assert proof_failures(verify_gguf(merged, path, prompts, reference), 'bf16') == []
+    assert verify_gguf(merged, path, prompts)['failed'] == []
     matrix = next(t for t in gguf.GGUFReader(path, 'r+').tensors if t.name == 'blk.9.attn_output.weight')
     matrix.data[7] = np.roll(matrix.data[7], 2)      # two bytes: the right numbers, one column on
     assert check_gguf(merged, path, 'bf16')['different'] == ['blk.9.attn_output.weight is not the model.layers.9.self_attn.o_proj.weight of the safetensors']

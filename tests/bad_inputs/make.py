@@ -162,19 +162,9 @@ def _tokenizer(here, run, **model):
     path.write_text(json.dumps(data), encoding='utf-8')
 
 
-def tokenizer_without_merges(here, base, run): _tokenizer(here, run, merges=[])
 def tokenizer_without_bytes(here, base, run): _tokenizer(here, run, byte_fallback=False)
 def tokenizer_of_words(here, base, run): _tokenizer(here, run, type='WordPiece')
-def tokenizer_missing(here, base, run): _merged(here, run, ['tokenizer.json'])
-def tokenizer_broken(here, base, run): (_merged(here, run)/'tokenizer.json').write_text('{')
-
-
-def tokenizer_without_eos(here, base, run):
-    _tokenizer(here, run)
-    path = here/'merged'/'tokenizer.json'
-    data = json.loads(path.read_text(encoding='utf-8'))
-    data['model']['vocab']['<end>'] = data['model']['vocab'].pop('<eos>')
-    path.write_text(json.dumps(data), encoding='utf-8')
+def tokenizer_as_it_is(here, base, run): _merged(here, run)
 
 
 def tokenizer_that_lowers(here, base, run):
@@ -189,7 +179,6 @@ def merged_config(here, base, run, **changes):
 
 def merged_of_gemma2(here, base, run): merged_config(here, base, run, model_type='gemma2')
 def merged_with_a_softcap(here, base, run): merged_config(here, base, run, final_logit_softcapping=30.0)
-def merged_config_broken(here, base, run): (_merged(here, run)/'config.json').write_text('{')
 def merged_without_weights(here, base, run): _merged(here, run, ['*.safetensors'])
 
 
@@ -198,11 +187,6 @@ def merged_with_a_tensor_more(here, base, run):
     path = _merged(here, run)/'model.safetensors'
     weights = load_file(path)
     save_file(weights | {'model.layers.0.vision.weight': next(iter(weights.values())).clone()}, path, metadata=dict(format='pt'))
-
-
-def merged_cut_short(here, base, run):
-    path = _merged(here, run)/'model.safetensors'
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 def gguf_cut_in_its_head(here, base, run): (here/'cut.gguf').write_bytes((run/'ollama'/'model-q8_0.gguf').read_bytes()[:1000])
@@ -215,3 +199,4 @@ def gguf_of_the_future(here, base, run): (here/'cut.gguf').write_bytes(b'GGUF' +
 def gguf_one_folder_up(here, base, run):
     (here/'served').mkdir()
     (here/'secret.gguf').write_bytes((run/'ollama'/'model-q8_0.gguf').read_bytes())
+    (here/'served'/'Modelfile').write_text('FROM ../secret.gguf\n', encoding='utf-8')
