@@ -3,12 +3,12 @@
     python benchmarks/train_speed.py --rows my_rows.json --json benchmarks/results/train_speed.json
 
 Without --model the exact shape of google/gemma-3-270m is made with random weights and a tokenizer trained on the rows;
-with --model FOLDER real weights are measured. The loss is taken over whole sequences in both settings, so that the work
+with --model BASE (gemma-3-270m-q4, or a folder) real weights are measured. The loss is taken over whole sequences in both settings, so that the work
 is equal. Each measurement is a process of its own. The last line printed is the JSON that is written.
 
     blog        the post's settings as TRL runs them: NF4 unpacked at every use, bf16, checkpointing, 4 x 4 padded rows
     blog_fp32   the same in fp32 (CPU only, where bf16 may have no arithmetic of its own)
-    best        the recipe `best`: packed rows, NF4 unpacked once, a head that keeps no logits
+    best        the recipe `best`: packed rows that attend by themselves, NF4 unpacked once, a head that keeps no logits
     best_same   `best` on the very rows that blog saw, to compare the losses
 """
 import argparse, json, os, platform, resource, subprocess, sys, tempfile, time
@@ -79,7 +79,8 @@ def measure(name, model, rows, threads, top=0):
         start = lambda data: make_trainer(loaded, tok, data, [], recipe, Path(folder), **more)
         if cuda: start(dataset).train()   # warms up: kernels are compiled, memory is taken
         trainer = start(dataset)
-        if name.startswith('blog') and not cuda:   # the post had TRL's last layer, not ours
+        if name.startswith('blog') and not cuda:   # the post had TRL's last layer and PyTorch's attention
+            trainer.model.get_base_model().set_attn_implementation('sdpa')
             add_fused_lm_head(trainer.model.get_base_model(), outputs=('log_probs', 'entropy', 'is_top1'))
         watch = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) if top else None
         if watch: watch.__enter__()
@@ -143,7 +144,7 @@ def main():
     from kofinetune.data import load_rows
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--rows', default='rehearsal', help='a .json, .jsonl or .csv file of rows; default: the packaged ones')
-    parser.add_argument('--model', help='a model folder; default: the shape of Gemma 3 270M with random weights')
+    parser.add_argument('--model', help='a base, as a recipe names it; default: the shape of Gemma 3 270M with random weights')
     parser.add_argument('--rounds', type=int, default=2, help='how often each setting is measured, in turns')
     parser.add_argument('--blog-rows', type=int, help='rows for the post\'s settings; default 4 on a CPU, 512 on a GPU')
     parser.add_argument('--best-rows', type=int, help='rows for best; default 32 on a CPU, 8000 on a GPU')
@@ -161,7 +162,7 @@ def main():
     cuda = torch.cuda.is_available()
     blog_rows, best_rows = args.blog_rows or (512 if cuda else 4), args.best_rows or (8000 if cuda else 32)
     with tempfile.TemporaryDirectory() as folder:
-        described = 'a given folder' if args.model else 'the shape of Gemma 3 270M, random weights'
+        described = Path(args.model).name if args.model else 'the shape of Gemma 3 270M, random weights'
         if not args.model:
             args.model = Path(folder)/'model'
             make_model(rows, args.model)
