@@ -146,8 +146,8 @@ def main():
     parser.add_argument('--rows', default='rehearsal', help='a .json, .jsonl or .csv file of rows; default: the packaged ones')
     parser.add_argument('--model', help='a base, as a recipe names it; default: the shape of Gemma 3 270M with random weights')
     parser.add_argument('--rounds', type=int, default=2, help='how often each setting is measured, in turns')
-    parser.add_argument('--blog-rows', type=int, help='rows for the post\'s settings; default 4 on a CPU, 512 on a GPU')
-    parser.add_argument('--best-rows', type=int, help='rows for best; default 32 on a CPU, 8000 on a GPU')
+    parser.add_argument('--blog-rows', type=int, help='rows for the post\'s settings; default 16 on a CPU, 512 on a GPU')
+    parser.add_argument('--best-rows', type=int, help='rows for best; default 64 on a CPU, 8000 on a GPU')
     parser.add_argument('--profile-rows', type=int, default=16, help='rows to watch the operators on; 0: none')
     parser.add_argument('--threads', type=int, default=os.cpu_count(), help='CPU threads; default: as many as cores')
     parser.add_argument('--ablations', action='store_true', help='also each change to best on its own, at equal tokens')
@@ -160,13 +160,13 @@ def main():
         return
     import torch
     cuda = torch.cuda.is_available()
-    blog_rows, best_rows = args.blog_rows or (512 if cuda else 4), args.best_rows or (8000 if cuda else 32)
+    blog_rows, best_rows = args.blog_rows or (512 if cuda else 16), args.best_rows or (8000 if cuda else 64)
     with tempfile.TemporaryDirectory() as folder:
         described = Path(args.model).name if args.model else 'the shape of Gemma 3 270M, random weights'
         if not args.model:
             args.model = Path(folder)/'model'
             make_model(rows, args.model)
-        plan = [('blog', blog_rows)] + ([] if cuda else [('blog_fp32', 4 * blog_rows)]) + [('best', best_rows)]
+        plan = [('blog', blog_rows)] + ([] if cuda else [('blog_fp32', blog_rows)]) + [('best', best_rows)]
         runs = {name: [] for name, _ in plan}
         for _ in range(args.rounds):
             for name, count in plan: runs[name].append(in_process(name, args, count))
