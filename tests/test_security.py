@@ -83,7 +83,7 @@ def test_a_planted_link_writes_nothing_outside(name, tmp_path):
 # --- this machine alone
 
 def test_another_machine_only_when_that_is_said(monkeypatch):
-    for host in ('127.0.0.1', 'localhost', '[::1]', '0.0.0.0', '[::]'): server_url(f'http://{host}:11434')
+    for host in ('127.0.0.1', 'localhost', '[::1]', '127.9.9.9', '0.0.0.0', '[::]'): server_url(f'http://{host}:11434')
     for host in ('192.0.2.1', 'example.com', 'localhost.example.com', '[2001:db8::1]', '127.0.0.1.example.com'):
         with pytest.raises(ValueError, match='KOFINETUNE_REMOTE_OLLAMA=1'): server_url(f'http://{host}:11434')
     monkeypatch.setenv('KOFINETUNE_REMOTE_OLLAMA', '1')
