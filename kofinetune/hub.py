@@ -64,10 +64,10 @@ def push_run(
     from huggingface_hub import CommitOperationAdd, HfApi
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
         raise ValueError(f'REPO is {repo!r}; it must be owner/name')
-    recipe = Recipe.load(Path(run)/'recipe.json')
+    files, recipe = _files(run, what), Recipe.load(Path(run)/'recipe.json')
     terms = '\n\n'.join(licences(recipe.source, recipe.base)) + '\n'
-    contents = _files(run, what) | {'README.md': _card(run, what, repo).encode(),
-                                    'NOTICE': terms.encode()}
+    contents = files | {'README.md': _card(run, what, repo).encode(),
+                        'NOTICE': terms.encode()}
     pieces, api = [CommitOperationAdd(*item) for item in contents.items()], HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
