@@ -63,10 +63,7 @@ def through_nf4(
 def _keep_states(model, tok, rows, style='alpaca', max_length=512):
     "Keep what `model` makes of the answer tokens of `rows`, and its head."
     import torch
-    parts = [*answer_states(model, tok, rows, style, max_length, what='held-out rows')]
-    if not parts:
-        raise ValueError(f'max_length is {max_length}, and none of the {len(rows)} '
-                         'rows fits; raise max_length')
+    parts = answer_states(model, tok, rows, style, max_length, what='held-out rows')
     places, states, tokens = map(torch.cat, zip(*parts))
     return dict(rows=places, states=states, tokens=tokens,
                 head=model.get_output_embeddings())
@@ -156,9 +153,8 @@ def _merged(way, recipe, run):
         base, _ = load_base(recipe, 'none', torch.float32)
         if way == 'nf4': base = through_nf4(base)
         model = merge_into(base, Path(run)/'adapter')
-    stored = AutoConfig.from_pretrained(
-        base_path(recipe.base), revision=recipe.revision or 'main',
-        trust_remote_code=False)
+    stored = AutoConfig.from_pretrained(base_path(recipe.base), trust_remote_code=False,
+                                        revision=recipe.revision or 'main')
     return model.to(stored.dtype)
 
 # %% ../nbs/02_merge.ipynb #cdad3915
