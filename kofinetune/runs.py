@@ -226,7 +226,7 @@ def stage_inputs(
     name: str,         # a key of STAGES
     source: str = '',  # identity of what comes from outside the run
 ) -> dict:             # recipe: fields that decide it; upstream: hashes of files
-    "Say what the stage `name` is made of. Raises where a stage before it is not whole."
+    "Say what `name` is made of. Raises where a stage before it is not whole, or other."
     before = list(STAGES)[:list(STAGES).index(name)]
     for one in reversed(before):
         if (name, one) != ('ollama', 'adapter'): need(run, one)
