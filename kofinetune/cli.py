@@ -66,7 +66,7 @@ _FINISHED = typer.Argument(..., metavar='RUN', help='A finished run folder.')
 
 # %% ../nbs/cli.ipynb #2c3c0f34
 def _check_room(recipe, run, force):
-    "Ask for the base, the disk and the memory, where something is to be trained."
+    "Ask for the base and the disk, where something is to be trained."
     from kofinetune.base import check_room
     if force or 'adapter' not in read_manifest(run)['stages']: check_room(recipe, run)
 

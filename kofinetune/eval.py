@@ -94,8 +94,8 @@ from .runs import (need, note, read_jsonl, read_manifest, stage, write_json,
                              write_jsonl)
 from .gguffile import load_gguf
 from .data import rows_to_measure
-from .base import (base_name, base_note, free_memory, load_tokenizer,
-                             pick_device, settle_dtype)
+from .base import (about_base, free_memory, load_tokenizer, pick_device,
+                             settle_dtype)
 from .train import plot_loss
 from .report import render_page
 
@@ -230,11 +230,11 @@ def evaluate(
         if 0 < recipe.answer_rows < len(rows):
             asked = sorted(random.Random(recipe.seed).sample(asked, recipe.answer_rows))
         models, scored, answers = _measure_all(recipe, run, rows, asked)
+        about = about_base(recipe.base)
         report = dict(
             rows=len(rows), answered=len(asked), held_out=held_out, recipe=recipe.name,
-            base=base_name(recipe.base), base_note=base_note(recipe.base),
-            models=models, differences=_differences(scored, recipe.seed),
-            training=_training(run),
+            base=about['name'], base_note=about['note'], models=models,
+            differences=_differences(scored, recipe.seed), training=_training(run),
             **_cases([rows[i] for i in asked], answers, asked))
         _write_rows(rows, asked, scored, answers, folder)
         _write_report(report, read_jsonl(run/'adapter'/'log.jsonl'), folder)

@@ -22,7 +22,7 @@ from .gguffile import check_gguf, write_gguf
 from .server import (check_name, create_model, ollama_client, read_modelfile,
                                server_url, server_version)
 from .data import load_rows, rows_to_measure
-from .base import TERMS, base_name, free_memory, is_gemma
+from .base import about_base, free_memory
 from .proof import difficult_rows, verify_gguf, verify_ollama
 
 # %% ../nbs/03_ollama_export.ipynb #62ad9ab9
@@ -79,10 +79,11 @@ def licences(
     "Say under which terms the rows and the base allow the model to be used."
     path = files('kofinetune')/'assets'/'terms.json'
     terms, rows = json.loads(path.read_text(encoding='utf-8')), source.split('-v')[0]
-    weights = 'gemma' if is_gemma(base) else base
+    about = about_base(base)
+    weights = 'gemma' if about['gemma'] else base
     text = terms['weights'].get(weights, terms['weights']['other'])
     return (terms['rows'].get(rows, terms['rows']['file']),
-            text.format(terms=TERMS, base=base_name(base)))
+            text.format(terms=about['terms'], base=about['name']))
 
 # %% ../nbs/03_ollama_export.ipynb #f1edf3bb
 def escape_text(

@@ -12,7 +12,7 @@ from pathlib import Path
 from .prompt import format_prompt
 from .recipe import Recipe
 from .runs import need, read_manifest
-from .base import PACKAGED, base_name, is_gemma
+from .base import about_base
 from .export import licences
 from .report import render_page
 
@@ -40,13 +40,14 @@ def _card(run, what='merged', repo='me/model'):
     recipe = Recipe.load(run/'recipe.json')
     report = json.loads((folder/'report.json').read_text(encoding='utf-8'))
     modelfile = (need(run, 'ollama')/'Modelfile').read_text(encoding='utf-8')
+    about = about_base(recipe.base)
     measured = dict(merged='merged', adapter='tuned', gguf=f'gguf-{recipe.gguf[-1]}')
     def ask(instruction, given=''):
         return format_prompt(dict(instruction=instruction, input=given), recipe.style)
     return render_page(
         'card.md.jinja', repo=repo, what=what, recipe=recipe, report=report, ask=ask,
-        measured=measured[what], base=base_name(recipe.base),
-        known=PACKAGED.get(recipe.base), gemma=is_gemma(recipe.base),
+        measured=measured[what], base=about['name'], known=about['packaged'],
+        gemma=about['gemma'],
         koalpaca=recipe.source.startswith('koalpaca'),
         modelfile=re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile),
         terms=licences(recipe.source, recipe.base), stages=record['stages'],

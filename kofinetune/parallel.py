@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .recipe import Recipe
 from .runs import file_hashes, rank, stage, world_size
-from .base import is_sharded, pick_device
+from .base import pick_device
 
 # %% ../nbs/parallel.ipynb #a5c8edaf
 def share_batches(
@@ -39,9 +39,6 @@ def stage_together(
 ) -> dict:                # the same in every process
     "Make the stage adapter in all processes of a launcher, as `stage` does in one."
     if world_size() == 1: return stage(recipe, run, 'adapter', make, force)
-    if is_sharded() and recipe.quant == 'nf4':
-        raise ValueError("quant is 'nf4', and FSDP cannot share out 4-bit weights; "
-                         '--set quant=none, or leave FSDP off')
     share_batches(recipe, world_size())
     from accelerate import PartialState
     PartialState(cpu=pick_device(recipe)[0].type == 'cpu')   # joins the others
@@ -92,12 +89,4 @@ def save_trained(
     model = accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled: weights = accelerator.get_state_dict(trainer.model)
     model.save_pretrained(folder, state_dict=weights, is_main_process=rank() == 0)
-    if is_sharded() and rank() == 0 and not hasattr(model, 'peft_config'):
-        _drop_tied(folder/'model.safetensors', model)
 
-def _drop_tied(path, model):
-    "Take tied weights out of a file put together from pieces: they are there twice."
-    from safetensors.torch import load, save_file
-    weights = load(path.read_bytes())
-    for name in model.all_tied_weights_keys: weights.pop(name, None)
-    save_file(weights, path, metadata={'format': 'pt'})

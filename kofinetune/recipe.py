@@ -6,12 +6,12 @@
 __all__ = ['Recipe', 'nearest']
 
 # %% ../nbs/recipe.ipynb #c1189cac
-import difflib, json, re, tomllib
+import difflib, re, tomllib
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 
-from .formats import read_text
+from .formats import parse_json, read_text
 
 # %% ../nbs/recipe.ipynb #851ae96e
 _LORA = dict(    # for peft's LoraConfig, unless the recipe's `lora` says otherwise
@@ -89,7 +89,7 @@ class Recipe:
     ) -> 'Recipe':
         "Read a recipe from a file; `extends = 'best'` in it starts from that preset."
         path = Path(path)
-        read = tomllib.loads if path.suffix == '.toml' else json.loads
+        read = tomllib.loads if path.suffix == '.toml' else parse_json
         try: values = {'name': path.stem, **read(read_text(path))}
         except (ValueError, TypeError, RecursionError) as e:
             raise ValueError(f'{path} cannot be read: {e}') from None
@@ -146,6 +146,8 @@ def _joint_faults(r):
     if not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name):
         yield (f'name is {r.name!r}; it is no path: a letter or digit first, then '
                'letters, digits, spaces, _.+=,@-; --run says where the run goes')
+    if r.save_steps > 1 and r.save_steps % 1:
+        yield f'save_steps is {r.save_steps}; above 1 it is a whole number of steps'
     if r.adapter == 'none' and r.quant != 'none':
         yield (f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be "
                'trained; set quant=none')

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 from .prompt import format_prompt
 from .korean import PAIRS, Word
+from .runs import progress
 from .data import cache_dir
 
 # %% ../nbs/rehearsal.ipynb #ac1eda85
@@ -159,7 +160,6 @@ def _pretrain(tok, steps, batch_size, learning_rate, warmup, seed):
     "Train a small Gemma 3 from nothing, in fp32: the model, and the loss of each step."
     import torch
     from torch.nn.functional import cross_entropy
-    from tqdm.auto import tqdm
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     torch.manual_seed(seed)
     config = Gemma3TextConfig(vocab_size=len(tok), **_MADE_OF['shape'])
@@ -168,7 +168,7 @@ def _pretrain(tok, steps, batch_size, learning_rate, warmup, seed):
                                   weight_decay=0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, 1) * (1 - i / steps))
-    for ids in tqdm(_batches(tok, steps, batch_size, seed), desc='stand-in base'):
+    for ids in progress(_batches(tok, steps, batch_size, seed), 'stand-in base'):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         loss = cross_entropy(model.lm_head(hidden).flatten(0, 1), ids[:, 1:].flatten(),
                              ignore_index=tok.pad_token_id)
@@ -192,8 +192,8 @@ def _make_base(folder, **changes):
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(1)
-        try: model, losses = _pretrain(tok, **_MADE_OF['pretrain'] | changes)
-        finally: torch.set_num_threads(threads)
+        model, losses = _pretrain(tok, **_MADE_OF['pretrain'] | changes)
+        torch.set_num_threads(threads)
     model.to(torch.bfloat16).save_pretrained(folder)   # as Gemma is published
     (folder/'pretraining.json').write_text(json.dumps(losses), encoding='utf-8')
     return folder
@@ -220,11 +220,8 @@ def make_once(
 # %% ../nbs/rehearsal.ipynb #24bf87f3
 def stand_in_base() -> Path:   # a folder that `from_pretrained` reads
     "Find the stand-in base, or make it: a minute or so, once."
-    return make_once(cache_dir()/f'rehearsal-base-{_fingerprint()}', _make_base)
-
-def _fingerprint():
-    "Name what the stand-in base is made from: its shape, its training, and its text."
     made_from = [_MADE_OF['shape'], _MADE_OF['pretrain'], _VOCAB,
                  _plain_text(2000, 0, _MADE_OF['often']), _make_rows()]
-    text = json.dumps(made_from, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    text = json.dumps(made_from, ensure_ascii=False)   # it names the folder
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return make_once(cache_dir()/f'rehearsal-base-{name}', _make_base)

@@ -63,11 +63,11 @@ def write_json(
 
 # %% ../nbs/runs.ipynb #1e910e88
 def file_hashes(
-    folder: Path,     # a finished stage
-) -> dict[str, str]:  # file name -> SHA-256
+    folder: Path,     # a finished stage, or one file
+) -> dict[str, str]:  # file name, or '.' -> SHA-256
     "Hash every file in `folder`."
     return {p.relative_to(folder).as_posix(): _sha256(p)
-            for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+            for p in (Path(folder), *sorted(Path(folder).rglob('*'))) if p.is_file()}
 
 def _sha256(path):
     "Hash a file, once for each size and time of change."
@@ -226,7 +226,7 @@ def stage_inputs(
     name: str,         # a key of STAGES
     source: str = '',  # identity of what comes from outside the run
 ) -> dict:             # recipe: fields that decide it; upstream: hashes of files
-    "Say what the stage `name` is made of. Raises where a stage before it is not whole."
+    "Say what `name` is made of. Raises where a stage before it is not whole, or other."
     before = list(STAGES)[:list(STAGES).index(name)]
     for one in reversed(before):
         if (name, one) != ('ollama', 'adapter'): need(run, one)
@@ -236,7 +236,12 @@ def stage_inputs(
         upstream[one].pop('verify.json', None)   # every later proof writes it again
     fields = ' '.join(STAGES[one].fields for one in [*before, name]).split()
     chosen = {field: getattr(recipe, field) for field in fields}
-    return json.loads(json.dumps(dict(recipe=chosen, upstream=upstream)))
+    inputs = json.loads(json.dumps(dict(recipe=chosen, upstream=upstream)))
+    for one in filter(stages.get, before):
+        was = stages[one]['inputs']
+        if not was['recipe'].items() <= inputs['recipe'].items():
+            raise ValueError(difference(Path(run)/one, was, inputs))
+    return inputs
 
 # %% ../nbs/runs.ipynb #1da75303
 def stage(
@@ -302,11 +307,13 @@ def difference(
     new: dict,     # and says now
 ) -> str:          # and the options that help
     "Name the first recipe field that differs."
-    for field, now in new['recipe'].items():
-        if (was := old['recipe'].get(field)) != now:
+    command = STAGES.get(folder.name, STAGES['adapter']).command
+    again = f'make it again with: kofinetune {command} --run {folder.parent} --force'
+    for field, was in old['recipe'].items():
+        if (now := new['recipe'].get(field)) != was:
             return (f'{folder} was made with {field} = {was!r}, and now it is {now!r}; '
-                    'choose another --run, or --force to make it again')
-    return f'{folder} was made from files that have changed since; --force remakes it'
+                    f'leave that as it was, choose another --run, or {again}')
+    return f'{folder} was made from files that have changed since; {again}'
 
 # %% ../nbs/runs.ipynb #aa3d9d6d
 def _sweep(run):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .prompt import format_answer, format_prompt
 from .recipe import Recipe, nearest
-from .base import (base_name, is_sharded, load_base, load_tokenizer,
-                             peak_memory, pick_device, refuse_pickles, settle_dtype)
+from .base import (about_base, load_base, load_tokenizer, peak_memory,
+                             pick_device, settle_dtype)
 # it misses a kernel that is not used here
 logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)
 
@@ -135,8 +135,6 @@ def _settings(recipe, steps, evaluated):
     import torch
     device, dtype = pick_device(recipe)
     often = _often(recipe, steps)
-    # transformers cannot go on from weights that it shares out on CPUs
-    saved = device.type != 'cpu' or not is_sharded()
     report_to = 'none' if recipe.report_to == 'tensorboard' else recipe.report_to
     return dict(
         num_train_epochs=recipe.epochs, per_device_train_batch_size=recipe.batch_size,
@@ -150,8 +148,8 @@ def _settings(recipe, steps, evaluated):
         logging_steps=max(1, steps // 40), logging_nan_inf_filter=False,
         eval_strategy='steps' if evaluated else 'no', eval_steps=often,
         metric_for_best_model='eval_loss' if evaluated else None,
-        save_strategy='steps' if saved else 'no', save_steps=often, save_total_limit=3,
-        load_best_model_at_end=evaluated and saved, ddp_find_unused_parameters=False,
+        save_strategy='steps', save_steps=often, save_total_limit=3,
+        load_best_model_at_end=evaluated, ddp_find_unused_parameters=False,
         restore_callback_states_from_checkpoint=True)
 
 def _often(recipe, steps):
@@ -196,7 +194,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)   # the keeper has a bar, log.txt the rest
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    if trainer.args.use_cpu and not is_sharded(): speed_up(trainer.model)
+    if trainer.args.use_cpu: speed_up(trainer.model)
     return trainer
 
 # %% ../nbs/01_qlora_train.ipynb #952b0fe0
@@ -295,9 +293,9 @@ def _metrics(metrics, log, dataset):
 def _name_base(folder, recipe):
     "Write the base's name in place of the path that peft noted."
     config = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
-    path = config['base_model_name_or_path']
+    path, name = config['base_model_name_or_path'], about_base(recipe.base)['name']
     for file in (folder/'adapter_config.json', folder/'README.md'):
-        text = file.read_text(encoding='utf-8').replace(path, base_name(recipe.base))
+        text = file.read_text(encoding='utf-8').replace(path, name)
         file.write_text(text, encoding='utf-8', newline='\n')
 
 # %% ../nbs/01_qlora_train.ipynb #b7000767
@@ -357,5 +355,7 @@ def load_tuned(
     folder, recipe = need(run, 'adapter'), settle_dtype(recipe, run)
     if recipe.adapter == 'none': return load_base(recipe, 'none', path=folder)
     model, tok = load_base(recipe)
-    refuse_pickles(folder, f'{folder}')
+    if not (folder/'adapter_model.safetensors').is_file():   # peft would take a pickle
+        raise FileNotFoundError(f'{folder}/adapter_model.safetensors is missing; '
+                                'a pickle in its place is not read')
     return PeftModel.from_pretrained(model, folder), tok

@@ -130,7 +130,6 @@ BAD_LINES = {   # kind: a line that has it
     'not JSON': '{"instruction": "가?", "out', 'no object': '[1, 2]', 'output: missing': '{"instruction": "가?"}',
     'output: not text': '{"instruction": "가?", "output": 3}',
     'instruction: empty': '{"instruction": " ", "output": "나."}',
-    'output: twice': '{"instruction": "가?", "input": "", "output": "나.", "output": "다."}',
     'output: half': '{"instruction": "가?", "output": "\\ud83d"}',
 }
 
@@ -144,6 +143,13 @@ def test_fault_is_reported_with_its_line_and_counted(kind, tmp_path):
     assert [fault[:6] for fault in report['first']] == ['line 2', 'line 4']
     with pytest.raises(ValueError, match='a.jsonl line 2.*faults: 2') as error: read_rows(tmp_path/'a.jsonl')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('file', ['a.jsonl', 'a.json'])
+def test_a_key_that_is_there_twice_is_refused(file, tmp_path):
+    row = '{"instruction": "가?", "input": "", "output": "나.", "output": "다."}'
+    (tmp_path/file).write_text(row if file == 'a.jsonl' else f'[{row}]', encoding='utf-8')
+    with pytest.raises(ValueError, match="is not JSON: an object has 'output' twice; keep one .*가"): read_rows(tmp_path/file)
 
 
 def test_two_rows_on_one_line_are_one_fault(tmp_path):

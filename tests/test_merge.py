@@ -97,9 +97,6 @@ def test_a_base_in_a_folder(kind, tmp_path):
     if 'untied' in kind: assert torch.equal(weights_of(merged)['lm_head.weight'], weights_of(base)['lm_head.weight'])
     read, was = AutoConfig.from_pretrained(merged), AutoConfig.from_pretrained(base)
     assert read.rope_parameters == was.rope_parameters and read.dtype == was.dtype == torch.bfloat16
-    old = json.loads((merged/'config.json').read_text(encoding='utf-8'))
-    rope = was.rope_parameters
-    assert (old['rope_theta'], old['rope_local_base_freq']) == (rope['full_attention']['rope_theta'], rope['sliding_attention']['rope_theta'])
     assert not [p for p in merged.rglob('*') if p.is_file() and str(tmp_path).encode() in p.read_bytes()]
     assert not list((tmp_path/'run').glob('.merged*'))
 
@@ -134,8 +131,8 @@ def swap(adapter):
     save_file({k: v + .01 for k, v in weights.items()}, adapter/'adapter_model.safetensors')
 
 
-REFUSED = {'another base': ([], ['--set', 'base=google/gemma-3-1b-pt'], "was trained with base = 'rehearsal', and now it is 'google/gemma-3-1b-pt'"),
-           'another rank': ([], ['--set', 'lora_r=8'], 'was trained with lora_r = 16, and now it is 8'),
+REFUSED = {'another base': ([], ['--set', 'base=google/gemma-3-1b-pt'], "was made with base = 'rehearsal', and now it is 'google/gemma-3-1b-pt'"),
+           'another rank': ([], ['--set', 'lora_r=8'], 'was made with lora_r = 16, and now it is 8'),
            'other weights': ([swap], [], 'adapter_model.safetensors is not the file that was written'),
            'weights missing': ([lambda a: (a/'adapter_model.safetensors').unlink()], [], 'adapter_model.safetensors is missing'),
            'config missing': ([lambda a: (a/'adapter_config.json').unlink()], [], 'adapter_config.json is missing'),
@@ -160,7 +157,7 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path):
 def test_the_adapter_of_another_base_is_refused(other, tmp_path, rehearsal_run):
     config = AutoConfig.from_pretrained(base_path('rehearsal')).to_dict()
     base = Gemma3ForCausalLM(Gemma3TextConfig(**config | other))
-    with pytest.raises(ValueError, match='does not fit the base: .*adapter_config.json names') as seen:
+    with pytest.raises(ValueError, match='does not fit the base, or is damaged: .*adapter_config.json names') as seen:
         merge_into(base, rehearsal_run/'adapter')
     assert '\n' not in str(seen.value)
 

@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_recipe_or_of_other_rows_is_refused(train, again
     manifest['stages']['data']['inputs']['recipe']['seed'] = 42                 # the rows alone differ
     write_json(manifest, again/'manifest.json')
     code, lines = train(SMALL, again)
-    assert code == 1 and 'checkpoints was made from files that have changed since; --force' in lines[-1]
+    assert code == 1 and 'checkpoints was made from files that have changed since; make it again with: kofinetune train' in lines[-1]
     assert max(steps(again)) > 6
 
 
