@@ -53,7 +53,6 @@ class Recipe:
     packing: bool = True         # several rows in a sequence, not seeing each other
     grad_accum: int = 4          # batches added up for one step, over all devices
     save_steps: float = 0.1      # steps between checkpoints; below 1: a share of all
-    early_stopping_patience: int = 0  # evaluations to wait for a better one; 0: no end
     dtype: str = 'auto'          # bf16 or fp32; auto: bf16 where that is faster
     # merge
     merge: str = 'auto'          # base for the adapter: 16-bit, nf4, auto: the better

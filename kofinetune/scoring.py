@@ -23,8 +23,7 @@ def score_tokens(
     wanted, other, total, spread = top.clone(), top, top * 0, top * 0
     expected = torch.zeros_like(hidden).float()
     with torch.no_grad():
-        for start in range(0, len(weight), entries):
-            part = weight[start:start + entries]
+        for start, part in zip(range(0, len(weight), entries), weight.split(entries)):
             logits = (hidden @ part.T).float()
             own = ((targets >= start) & (targets < start + len(part))).nonzero()[:, 0]
             at = own, targets[own] - start

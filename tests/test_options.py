@@ -14,6 +14,7 @@ from kofinetune.base import load_base, load_tokenizer
 from kofinetune.train import add_lora, encode_rows, finetune, load_tuned, make_trainer
 
 TINY = Recipe.named('rehearsal').replace(rows=60, valid_rows=8, epochs=1.0, max_length=96, quant='none', lora_r=4, save_steps=100.)
+TOKENS = load_tokenizer(TINY).convert_tokens_to_ids(['<end_of_turn>', '<eos>'])
 
 
 @pytest.fixture(scope='module')
@@ -59,14 +60,12 @@ def all_linear(run, weights, plain):
 
 
 def tokens(run, weights, plain):
-    tok = load_tokenizer(TINY)
-    ids = [tok.convert_tokens_to_ids(t) for t in ('<end_of_turn>', '<eos>')]
     base = load_base(TINY)[0].get_input_embeddings().weight
     merged = load_file(run/'merged'/'model.safetensors')
     name, = (n for n in merged if 'embed_tokens' in n)
     assert not any('lm_head' in n for n in merged)                     # tied, so stored once
     changed = (merged[name].float() != base.to(merged[name].dtype).float()).any(1).nonzero().flatten().tolist()
-    assert set(changed) <= set(ids) and ids[1] in changed              # <eos> is graded in every row
+    assert set(changed) <= set(TOKENS) and TOKENS[1] in changed        # <eos> is graded in every row
     live = load_tuned(TINY, run)[0]
     assert torch.equal(live.get_output_embeddings().weight, live.get_input_embeddings().weight)
 
@@ -105,7 +104,7 @@ OPTIONS = {
     'use_rslora': (dict(lora=dict(use_rslora=True)), rslora), 'use_dora': (dict(lora=dict(use_dora=True)), dora),
     'neftune_noise_alpha': (dict(trainer=dict(neftune_noise_alpha=5.0)), neftune),
     'all-linear': (dict(lora=dict(target_modules='all-linear')), all_linear),
-    'trainable_token_indices': (dict(lora=dict(trainable_token_indices=['<end_of_turn>', '<eos>'])), tokens),
+    'trainable_token_indices': (dict(lora=dict(trainable_token_indices=TOKENS)), tokens),
     'activation_checkpointing': (dict(trainer=dict(activation_checkpointing=True)), checkpointing),
     'report_to': (dict(report_to='tensorboard'), tensorboard), 'optim': (dict(trainer=dict(optim='adafactor')), changed),
     'grad_accum': (dict(grad_accum=4), accumulated), 'lr_scheduler': (dict(trainer=dict(lr_scheduler_type='constant_with_warmup')), scheduled),

@@ -157,11 +157,10 @@ def test_evaluations_on_the_way_read_a_fifth_of_the_trained_tokens_at_most(rows,
     from datasets import Dataset
     recipe = Recipe(epochs=epochs, save_steps=save_steps)
     train, held_out = (Dataset.from_dict(dict(input_ids=[[i] * 20 for i in range(n)])) for n in (rows, valid))
-    steps = max(1, int(rows * epochs / 16))
-    taken = _drawn(held_out, train, steps, recipe)
-    times = -(-steps // -(-steps * save_steps // 1))
+    taken = _drawn(held_out, train, recipe)
+    times = round(1 / save_steps)
     read, trained = times * sum(map(len, taken['input_ids'])), epochs * 20 * rows
     assert read <= .2 * trained or len(taken) == 1
     assert len(taken) == valid or read > .2 * trained - times * 20 or len(taken) == 1     # and no row less
-    assert taken['input_ids'] == _drawn(held_out, train, steps, recipe)['input_ids'] and len(_drawn(train.select([]), train, steps, recipe)) == 0
-    assert len(_drawn(held_out, train, steps, recipe.replace(save_steps=2))) == valid          # as often as the recipe says
+    assert taken['input_ids'] == _drawn(held_out, train, recipe)['input_ids'] and len(_drawn(train.select([]), train, recipe)) == 0
+    assert len(_drawn(held_out, train, recipe.replace(save_steps=2))) == valid          # as often as the recipe says
