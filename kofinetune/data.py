@@ -56,36 +56,25 @@ def _fetch(url, blob):
             f'{url} could not be downloaded ({type(e).__name__}); try again with a '
             f'network, or download it elsewhere and put it at {path}') from None
     if (seen := git_blob_id(path)) != blob:
-        raise ValueError(f'{path} has git blob id {seen}, not {blob}; delete it and '
-                         'try again')
+        raise ValueError(f'{path} has git blob id {seen}, not {blob}; delete that file')
     return path
 
 # %% ../nbs/00_data.ipynb #ef9770e1
 def _source_path(source):
     "Find the file of a `source`, downloading a known one that is not in the cache."
+    if source in _SOURCES: return _fetch(**_SOURCES[source])
     packaged = files('kofinetune')/'assets'/'rehearsal.jsonl'
-    if source == 'rehearsal': return Path(str(packaged))
-    if source not in _SOURCES: return Path(source)
-    return _fetch(_SOURCES[source]['url'], _SOURCES[source]['blob'])
+    path = Path(str(packaged) if source == 'rehearsal' else source)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file; source is {", ".join(_SOURCES)}'
+                                ', rehearsal, or a .json, .jsonl or .csv file')
+    return path
 
 def load_rows(
     source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file
 ) -> list[dict]:   # checked rows in their own order
     "Load the rows of a known `source`, or of a .json, .jsonl or .csv file."
-    path = _source_path(source)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{path} is not a file; source is {", ".join(_SOURCES)}, rehearsal, or a '
-            '.json, .jsonl or .csv file')
-    return read_rows(path)
-
-# %% ../nbs/00_data.ipynb #89bee2df
-def _provenance(source):
-    "Say where the rows come from, for a run's manifest; nothing is downloaded."
-    if source in _SOURCES: return dict(source=source, **_SOURCES[source])
-    path = _source_path(source)
-    blob = git_blob_id(path) if path.is_file() else ''
-    return dict(source=source, url=None, blob=blob)
+    return read_rows(_source_path(source))
 
 # %% ../nbs/00_data.ipynb #de8dd441
 def clean_rows(
@@ -133,8 +122,7 @@ def split_rows(
 
 # %% ../nbs/00_data.ipynb #c07a2651
 def _prepare_rows(recipe, folder):
-    "Load, normalize, audit, split and write the rows of `recipe`."
-    with progress(what='rows read, audited, split', total=3) as bar:
+    with progress(what='rows read, audited, split', total=2) as bar:
         rows, normalized = load_rows(recipe.source)[:recipe.rows or None], 0
         for i, row in enumerate(rows if recipe.normalize else ()):
             if (ready := normalize_row(row)) != row:
@@ -146,7 +134,6 @@ def _prepare_rows(recipe, folder):
         near = recipe.valid_rows and 'near_duplicate' in report['flags']
         pairs = near_pairs(kept) if near else ()
         train, valid = split_rows(kept, recipe.valid_rows, recipe.seed, pairs)
-        bar.update()
     write_jsonl(train, folder/'train.jsonl')
     write_jsonl(valid, folder/'valid.jsonl')
     counts = dict(rows=len(rows), kept=len(kept), reported=len(report['dropped']))
@@ -163,7 +150,9 @@ def prepare(
     force: bool = False,   # make it again
 ) -> dict:                 # counts: rows, kept, reported, train, valid
     "Write train.jsonl, valid.jsonl and audit.json into `run/data`."
-    origin = _provenance(recipe.source)
+    source = recipe.source   # named in the manifest; a known one is not downloaded here
+    origin = dict(source=source, url=None) | (
+        _SOURCES.get(source) or dict(blob=git_blob_id(_source_path(source))))
     def make(folder): return _prepare_rows(recipe, folder) | dict(provenance=origin)
     return stage(recipe, run, 'data', make, force, origin['blob'])
 

@@ -6,18 +6,17 @@
 __all__ = ['write_gguf', 'read_gguf', 'unpack_gguf', 'check_gguf', 'load_gguf']
 
 # %% ../nbs/gguffile.ipynb #a19e61b3
-import json, os, re
+import json, re
 from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 
-import gguf
+import gguf, torch
 import numpy as np
 
 from .runs import progress
 
-# What Gemma 3 text models have in common: fields of the configuration, keys of a GGUF
-# file, tokenizer.json without the vocabulary, the special tokens
+# what Gemma 3 text models have in common: settings, keys of a GGUF file, a tokenizer
 _GEMMA = json.loads((files('kofinetune')/'assets'/'gemma.json').read_bytes())
 
 # %% ../nbs/gguffile.ipynb #dcbc3c49
@@ -37,14 +36,13 @@ def _refuse(path, seen, wanted):
     "Raise ValueError where a value is another one than the readers of GGUF assume."
     for key, value in wanted.items():
         if seen.get(key, value) != value:
-            raise ValueError(f'{path}: {key} is {seen[key]!r}; '
-                             f'the export knows only {value!r}')
+            raise ValueError(f'{path}: {key} is {seen[key]!r}; it must be {value!r}')
 
 
 # %% ../nbs/gguffile.ipynb #7266c6f4
 _FIRST = _GEMMA['special'][:4]   # the first four ids
 _UNREACHABLE = -1e6   # the score of a piece that no merge makes
-_TYPE = gguf.TokenType
+_TYPE, _ARCH = gguf.TokenType, gguf.MODEL_ARCH.GEMMA3
 
 def _scores(merges):
     "Score a piece: minus the rank of the first merge that makes it."
@@ -117,52 +115,41 @@ def _plan_file(model_dir, dtype, name):
     if dtype not in _TYPES:
         raise ValueError(f'dtype is {dtype!r}; it is one of {", ".join(_TYPES)}')
     config, plan = _read_config(model_dir), []
-    named = _names(config['num_hidden_layers'])
+    names = gguf.get_tensor_name_map(_ARCH, config['num_hidden_layers'])
     for path in sorted(Path(model_dir).glob('*.safetensors')):
         file = safe_open(path, 'pt')
         for key in file.keys():
-            if named(key) is None:
+            if (theirs := names.get_name(key, ('.weight',))) is None:
                 raise ValueError(f'{path} holds {key!r}, which Gemma 3 does not have')
             part = file.get_slice(key)
             shape = part.get_shape()
             kind = gguf.GGMLQuantizationType[_TYPES[dtype] if len(shape) > 1 else 'F32']
-            plan.append(dict(key=key, name=named(key), part=part, shape=shape,
-                             kind=kind))
+            plan.append(dict(key=key, name=theirs, part=part, shape=shape, kind=kind))
     if not plan:
         raise FileNotFoundError(f'{model_dir} has no .safetensors file; '
                                 'make it with: kofinetune merge')
     tokens = _read_tokens(model_dir, config['vocab_size'])
     return plan, _file_keys(config, dtype, name, *tokens)
 
-def _names(layers):
-    "A function from the name of a tensor in transformers to that in a GGUF, or None."
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, layers)
-    return lambda key: names.get_name(key, ('.weight',))
-
 # %% ../nbs/gguffile.ipynb #546c42b7
 def write_gguf(
     model_dir: Path,           # a merged folder
-    path: Path,                # the file, replaced as a whole
+    path: Path,                # the file to write
     dtype: str = 'bf16',       # 'bf16', 'f16' or 'q8_0'
     name: str = 'kofinetune',  # what the file calls the model
 ) -> dict:                     # bytes, tensors
     "Write a Gemma 3 model as one GGUF file that llama.cpp and Ollama read."
-    path, (plan, keys) = Path(path), _plan_file(model_dir, dtype, name)
-    temporary = path.with_name(f'.{path.name}.partial')
-    try:
-        with closing(gguf.GGUFWriter(temporary, 'gemma3')) as writer:
-            add = {bool: writer.add_bool, int: writer.add_uint32,
-                   float: writer.add_float32, str: writer.add_string,
-                   list: writer.add_array}
-            for key, value in keys.items(): add[type(value)](key, value)
-            for t in progress(plan, 'writing tensors'):
-                writer.add_tensor(t['name'], _encoded(t), raw_dtype=t['kind'])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-    return dict(bytes=path.stat().st_size, tensors=len(plan))
+    plan, keys = _plan_file(model_dir, dtype, name)
+    with closing(gguf.GGUFWriter(path, 'gemma3')) as writer:
+        add = {bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array,
+               float: writer.add_float32, str: writer.add_string}
+        for key, value in keys.items(): add[type(value)](key, value)
+        for t in progress(plan, 'writing tensors'):
+            writer.add_tensor(t['name'], _encoded(t), raw_dtype=t['kind'])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return dict(bytes=Path(path).stat().st_size, tensors=len(plan))
 
 def _encoded(tensor):
     "A tensor in its GGUF type. llama.cpp scales by a norm, transformers by 1 + norm."
@@ -177,9 +164,8 @@ def read_gguf(
     "Read the keys and the tensors of a GGUF file. ValueError where it is cut short."
     try: reader = _Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as e:
-        raise ValueError(
-            f'{path} is no GGUF file, or is cut short or damaged ({e}); get it again, '
-            'or make it again with: kofinetune export --force') from None
+        raise ValueError(f'{path} is no GGUF file, or is cut short or damaged ({e}); '
+                         'get it again, or: kofinetune export --force') from None
     keys = {name: field.contents() for name, field in reader.fields.items()}
     tensors = [dict(name=t.name, shape=[int(n) for n in reversed(t.shape)],
                     type=t.tensor_type.name, data=t.data) for t in reader.tensors]
@@ -243,24 +229,19 @@ def _unpacked_tokenizer(keys):
 
 # %% ../nbs/gguffile.ipynb #4b70f703
 def _matched(model, tensors):
-    "Yield each weight of `model` with its values. ValueError where one has no other."
-    named = _names(model.config.num_hidden_layers)
+    "Yield each weight of `model` with its values. ValueError where they do not match."
+    names = gguf.get_tensor_name_map(_ARCH, model.config.num_hidden_layers)
     stored = {t['name']: t for t in tensors}
     for key, weight in model.named_parameters():
-        tensor, shape = stored.pop(named(key), None), list(weight.shape)
+        tensor = stored.pop(names.get_name(key, ('.weight',)), None)
+        shape = list(weight.shape)
         if tensor is None or tensor['shape'] != shape:
             seen = 'missing' if tensor is None else f'of the shape {tensor["shape"]}'
             raise ValueError(f'{key} is {seen}; it must have the shape {shape}')
-        yield key, weight, _expand(tensor)
+        kind = gguf.GGMLQuantizationType[tensor['type']]
+        values = gguf.quants.dequantize(tensor['data'], kind).reshape(shape)
+        yield key, weight, torch.from_numpy(values - key.endswith('norm.weight'))
     if stored: raise ValueError(f'it holds {[*stored][0]}, which Gemma 3 does not have')
-
-def _expand(tensor):
-    "Expand a tensor to 32 bits. NotImplementedError for what gguf does not know."
-    import torch
-    kind = gguf.GGMLQuantizationType[tensor['type']]
-    values = gguf.quants.dequantize(tensor['data'], kind)
-    values = values.reshape(tensor['shape']) - tensor['name'].endswith('norm.weight')
-    return torch.from_numpy(values)
 
 # %% ../nbs/gguffile.ipynb #40506a65
 def _write_settings(folder, config, tokenizer, tokens):
@@ -272,10 +253,9 @@ def _write_settings(folder, config, tokenizer, tokens):
                 for name in ('bos', 'eos', 'pad')}
     settings |= _GEMMA['tokenizer_config']
     settings |= dict(model_max_length=config.max_position_embeddings)
-    texts = {'tokenizer.json': tokenizer, 'tokenizer_config.json': settings}
-    for name, made in texts.items():
+    for name, made in (('tokenizer', tokenizer), ('tokenizer_config', settings)):
         text = json.dumps(made, ensure_ascii=False)
-        (folder/name).write_text(text, encoding='utf-8', newline='\n')
+        (folder/f'{name}.json').write_text(text, encoding='utf-8', newline='\n')
 
 # %% ../nbs/gguffile.ipynb #239a16e5
 def unpack_gguf(
@@ -283,15 +263,13 @@ def unpack_gguf(
     folder: Path,  # gets the weights in bf16, the configuration and the tokenizer
 ) -> dict:         # the name that it states, and the types of its matrices
     "Unpack a GGUF file as transformers reads it. ValueError where that cannot be done."
-    import torch
     from safetensors.torch import save_file
     from transformers import Gemma3ForCausalLM
     folder, (keys, tensors) = Path(folder), read_gguf(path)
     try:
         config, tokenizer = _unpacked_config(keys, tensors), _unpacked_tokenizer(keys)
         with torch.device('meta'): empty = Gemma3ForCausalLM(config)
-        matched = _matched(empty, tensors)
-        weights = {key: values.bfloat16() for key, _, values in matched}
+        weights = {key: new.bfloat16() for key, _, new in _matched(empty, tensors)}
     except (KeyError, ValueError, NotImplementedError) as e:
         why = f'it has no key {e.args[0]}' if isinstance(e, KeyError) else e
         raise ValueError(f'{path} cannot be unpacked: {why}; get a Gemma 3 text model '
@@ -330,7 +308,6 @@ def load_gguf(
     path: Path,       # a file that `write_gguf` wrote
 ):                    # the transformers model, in float32, with the file's weights
     "Load the weights of a GGUF file into the transformers model that they came from."
-    import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     for _, weight, values in _matched(model, read_gguf(path)[1]):

@@ -9,6 +9,8 @@ __all__ = ['merge_into', 'compare_models', 'copy_tokenizer', 'merge_adapter']
 import shutil
 from pathlib import Path
 
+import torch
+
 from .recipe import Recipe
 from .runs import progress, stage
 from .data import rows_to_measure
@@ -27,8 +29,7 @@ def merge_into(
     adapter, weights = Path(adapter), Path(adapter)/'adapter_model.safetensors'
     for file in (adapter/'adapter_config.json', weights):
         if not file.is_file():
-            raise FileNotFoundError(f'{file} is missing; train again with: '
-                                    'kofinetune train --force')
+            raise FileNotFoundError(f'{file} is missing; run: kofinetune train --force')
     try: model = PeftModel.from_pretrained(base, adapter)
     except (SafetensorError, RuntimeError, ValueError, KeyError) as e:
         raise ValueError(_misfit(adapter, str(e))) from None
@@ -49,7 +50,7 @@ def _misfit(adapter, why):
 # %% ../nbs/02_merge.ipynb #b39d186c
 def _through_nf4(base):
     "Replace each linear weight by what NF4 makes of it, as a QLoRA base has them."
-    import bitsandbytes.functional as bnb, torch
+    import bitsandbytes.functional as bnb
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith('lm_head'):
             weight = module.weight.data
@@ -60,7 +61,6 @@ def _through_nf4(base):
 # %% ../nbs/02_merge.ipynb #e50ee1c6
 def _keep_states(model, tok, rows, style='alpaca', max_length=512):
     "Keep what `model` makes of the answer tokens of `rows`, and its head."
-    import torch
     parts = answer_states(model, tok, rows, style, max_length, what='held-out rows')
     places, states, tokens = map(torch.cat, zip(*parts))
     return dict(rows=places, states=states, tokens=tokens,
@@ -68,14 +68,12 @@ def _keep_states(model, tok, rows, style='alpaca', max_length=512):
 
 def _log_probs(kept, part):
     "Turn some of the kept states into log-probabilities of every vocabulary entry."
-    import torch
     with torch.inference_mode():
         return kept['head'](kept['states'][part]).float().log_softmax(-1)
 
 # %% ../nbs/02_merge.ipynb #18c7c7cb
 def _compare(one, two, entries=1 << 22):
     "Compare what was kept of two models, so many log-probabilities at a time."
-    import torch
     rows, tokens = one['rows'], one['tokens'][:, None]
     step, parts = max(1, entries // len(one['head'].weight)), []
     for start in progress(range(0, len(tokens), step), 'comparing answer tokens'):
@@ -136,29 +134,18 @@ def copy_tokenizer(
     for path in found: shutil.copyfile(path, Path(folder)/path.name)
     return [path.name for path in found]
 
-# %% ../nbs/02_merge.ipynb #7062dcf9
-def _ways(recipe):
-    "List the ways to try: two if the base was NF4, a copy if there is no adapter."
-    if recipe.adapter == 'none': return ('copy',)
-    return ('16-bit', 'nf4') if 'nf4' in (recipe.quant, recipe.merge) else ('16-bit',)
-
-def _merged(way, recipe, run):
-    "Merge in float32, then round to the type that the base's own file has."
-    import torch
-    from transformers import AutoConfig
-    if way == 'copy': model = load_tuned(recipe, run)[0]
-    else:
-        base, _ = load_base(recipe, 'none', torch.float32)
-        if way == 'nf4': base = _through_nf4(base)
-        model = merge_into(base, Path(run)/'adapter')
-    stored = AutoConfig.from_pretrained(base_path(recipe.base), trust_remote_code=False,
-                                        revision=recipe.revision or 'main')
-    return model.to(stored.dtype)
-
 # %% ../nbs/02_merge.ipynb #cdad3915
 def _write_way(way, recipe, run, folder, rows, kept):
-    "Merge one way, write it, read it back, and compare it with the live model."
-    _merged(way, recipe, run).save_pretrained(folder)
+    "Merge in float32, write in the type of the base's file, compare what is read back."
+    from transformers import AutoConfig
+    if way == 'copy': model, _ = load_tuned(recipe, run)
+    else: model, _ = load_base(recipe, 'none', torch.float32)
+    if way == 'nf4': model = _through_nf4(model)
+    if way != 'copy': model = merge_into(model, Path(run)/'adapter')
+    stored = AutoConfig.from_pretrained(base_path(recipe.base), trust_remote_code=False,
+                                        revision=recipe.revision or 'main')
+    model.to(stored.dtype).save_pretrained(folder)
+    del model
     free_memory()
     again, tok = load_base(recipe, 'none', path=folder)
     mine = _keep_states(again, tok, rows, recipe.style, recipe.max_length)
@@ -167,8 +154,6 @@ def _write_way(way, recipe, run, folder, rows, kept):
     return _compare(kept | dict(head=head), mine)
 
 # %% ../nbs/02_merge.ipynb #c8a9a21d
-_MEASURED = 250   # rows that the ways are compared on, at most
-
 def merge_adapter(
     recipe: Recipe,       # merge: 'auto', '16-bit' or 'nf4'
     run: Path,            # a run whose adapter is there
@@ -176,14 +161,17 @@ def merge_adapter(
 ) -> dict:                # what `compare_models` says of the way; merge, why, ways, ...
     "Write `run/merged`: one model, the way that measures better, with its tokenizer."
     def make(folder):
-        rows, held_out = rows_to_measure(run, _MEASURED)
+        rows, held_out = rows_to_measure(run, 250)   # at most
         settled = settle_dtype(recipe, run)
         live, tok = load_tuned(settled, run)
         kept = _keep_states(live, tok, rows, recipe.style, recipe.max_length)
         del live, kept['head']   # the head holds on to the whole model
         free_memory()
+        tried = ['16-bit', 'nf4']
+        if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
+        if recipe.adapter == 'none': tried = ['copy']
         ways = {way: _write_way(way, settled, run, folder/way, rows, kept)
-                for way in _ways(recipe)}
+                for way in tried}
         chosen, why = _choose_way(ways, recipe.merge, held_out)
         for path in (folder/chosen).iterdir(): path.rename(folder/path.name)
         for way, report in ways.items():

@@ -12,6 +12,8 @@ from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from .prompt import format_prompt
 from .korean import PAIRS, Word
 from .runs import progress
@@ -45,7 +47,6 @@ def _kind(name, facts):
     return SimpleNamespace(facts=facts, **_MADE_OF['kinds'][name])
 
 def _ask(template, fact):
-    "Fill in an instruction."
     given = '' if '{x' in template else str(fact['x'])
     return dict(instruction=template.format(**fact), input=given)
 
@@ -116,6 +117,10 @@ _VOCAB = 1536  # pieces, the special ones included
 def _train_tokenizer(sentences, folder, vocab=_VOCAB):
     "Train a SentencePiece tokenizer built as Gemma's is, and write it in both forms."
     import io, sentencepiece
+    from tokenizers import AddedToken
+    from tokenizers.models import BPE
+    from transformers import GemmaTokenizer
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
     folder, model = Path(folder), io.BytesIO()
     runs = [*('\n' * n for n in range(1, 32)), *('▁' * n for n in range(2, 32)), '\t']
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,16 +128,6 @@ def _train_tokenizer(sentences, folder, vocab=_VOCAB):
         sentence_iterator=iter(sentences), model_writer=model, vocab_size=vocab,
         user_defined_symbols=runs, **_MADE_OF['tokenizer'])
     (folder/'tokenizer.model').write_bytes(model.getvalue())
-    _save_for_transformers(folder)
-    return folder
-
-# %% ../nbs/rehearsal.ipynb #9610abe7
-def _save_for_transformers(folder):
-    "Write tokenizer.model as transformers reads it, with the library's own converter."
-    from tokenizers import AddedToken
-    from tokenizers.models import BPE
-    from transformers import GemmaTokenizer
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor
     found = SentencePieceExtractor(str(folder/'tokenizer.model')).extract(BPE)
     tok = GemmaTokenizer(found['vocab'], found['merges'], add_bos_token=True,
                          extra_special_tokens=['<start_of_turn>', '<end_of_turn>'])
@@ -140,11 +135,11 @@ def _save_for_transformers(folder):
     tok.add_tokens([AddedToken(t.content, normalized='▁' in t.content)
                     for t in found['additional_special_tokens'] if not t.special])
     tok.save_pretrained(folder)
+    return folder
 
 # %% ../nbs/rehearsal.ipynb #effaad19
 def _batches(tok, steps, batch_size, seed):
     "Encode plain text into batches (batch_size, tokens) that waste little on padding."
-    import torch
     rng, made, pool = random.Random(seed), [], 16 * batch_size
     text = _plain_text(steps * batch_size, seed, _MADE_OF['often'])
     ids = [torch.tensor(one + [tok.eos_token_id]) for one in tok(text)['input_ids']]
@@ -158,7 +153,6 @@ def _batches(tok, steps, batch_size, seed):
 # %% ../nbs/rehearsal.ipynb #ce2909d4
 def _pretrain(tok, steps, batch_size, learning_rate, warmup, seed):
     "Train a small Gemma 3 from nothing, in fp32: the model, and the loss of each step."
-    import torch
     from torch.nn.functional import cross_entropy
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     torch.manual_seed(seed)
@@ -183,7 +177,6 @@ def _pretrain(tok, steps, batch_size, learning_rate, warmup, seed):
 # %% ../nbs/rehearsal.ipynb #463663cb
 def _make_base(folder, **changes):
     "Train tokenizer and base, leaving torch's random state and threads as they were."
-    import torch
     from transformers import AutoTokenizer
     lines = '\n'.join(map(format_prompt, _make_rows())).splitlines()
     nouns = dict.fromkeys(('topic', 'subject', 'object', 'count'), 20)   # become pieces

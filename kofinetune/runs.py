@@ -8,22 +8,20 @@ __all__ = ['STAGES', 'read_manifest', 'write_json', 'file_hashes', 'write_jsonl'
 
 # %% ../nbs/runs.ipynb #c53e6111
 import hashlib, json, logging, os, re, shutil, sys, time, tomllib
-from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 from .recipe import Recipe
 
 # %% ../nbs/runs.ipynb #8ada8946
-_Stage = namedtuple('_Stage', 'command function fields about result')
-_TABLE = files('kofinetune')/'assets'/'stages.toml'
+_TABLE = tomllib.loads((files('kofinetune')/'assets'/'stages.toml').read_text('utf-8'))
 
-STAGES = {name: _Stage(**made)   # by their folder in the run, in order
-          for name, made in tomllib.loads(_TABLE.read_text(encoding='utf-8')).items()}
+STAGES = {folder: SimpleNamespace(**made) for folder, made in _TABLE.items()}
 
 # %% ../nbs/runs.ipynb #001b1973
 def read_manifest(
@@ -84,9 +82,8 @@ def write_jsonl(
     path: Path,        # the file to write
 ) -> Path:
     "Write `rows` to `path`, one JSON object a line, UTF-8, Hangul as Hangul."
-    encode = json.JSONEncoder(ensure_ascii=False).encode
     with Path(path).open('w', encoding='utf-8', newline='\n') as f:
-        f.writelines(encode(row) + '\n' for row in rows)
+        f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
     return Path(path)
 
 def read_jsonl(
@@ -114,15 +111,14 @@ def run_lock(
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run/'.lock', is_singleton=True)
-    try: lock.acquire(timeout=.2, poll_interval=.02)
+    try: held = lock.acquire(timeout=.2, poll_interval=.02)
     except Timeout:
         holder = (run/'.lock').read_text(encoding='utf-8')
         raise RuntimeError(f'{run} is in use by another process, {holder}; '
                            'wait for it, or choose another --run') from None
-    try:
+    with held:
         (run/'.lock').write_text(str(os.getpid()), encoding='utf-8')
         yield
-    finally: lock.release()
 
 # %% ../nbs/runs.ipynb #f9c105da
 def file_faults(
@@ -319,9 +315,8 @@ def difference(
 def _sweep(run):
     "Remove what was being written, or about to be replaced."
     for path in [*run.rglob('.*.partial'), *run.rglob('.*.old')]:
-        if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError): path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError): path.unlink()   # a file
 
 _DISK = re.compile(r'(Errno|os error) (27|28|30|122)\b|requested and .* written|'
                    'failed writing|unexpected pos|iostream')   # numpy; torch

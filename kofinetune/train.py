@@ -10,6 +10,7 @@ __all__ = ['encode', 'add_lora', 'encode_rows', 'make_trainer', 'check_options',
 import logging, math, os, platform, random, shutil, tempfile, time
 from pathlib import Path
 
+import torch
 from .prompt import format_answer, format_prompt
 from .recipe import Recipe
 from .base import (about_base, base_path, load_base, peak_memory, pick_device,
@@ -79,7 +80,6 @@ from .speed import speed_up
 # %% ../nbs/01_qlora_train.ipynb #0611799f
 def _settings(recipe, evaluated):
     "List the settings of SFTConfig that are decided here: by the recipe, or always."
-    import torch
     device, dtype = pick_device(recipe)
     return dict(
         num_train_epochs=recipe.epochs, per_device_train_batch_size=recipe.batch_size,
@@ -161,7 +161,6 @@ def _set_up(recipe, run, folder, **more):
 
 def _machine():
     "Name the device, and read the most memory that it, or this process, has held."
-    import torch
     device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     peak = peak_memory()
     if torch.cuda.is_available():
