@@ -8,7 +8,6 @@ __all__ = ['main']
 # %% ../nbs/cli.ipynb #1a332933
 import json, os, shlex, signal, sys, tempfile, textwrap, warnings
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -22,10 +21,9 @@ from .runs import (STAGES, file_faults, need, quiet, rank, read_jsonl,
 def _setting(text):
     "Read KEY=VALUE: a field of the recipe, and the value in the field's type."
     name, equals, value = text.partition('=')
-    if not equals:
-        raise ValueError(f'--set {text!r} has no "="; write --set learning_rate=1e-4')
+    if not equals: raise ValueError(f'--set {text!r} has no "="; write KEY=VALUE')
     name, _, option = name.partition('.')
-    kind = {f.name: f.type for f in fields(Recipe)}.get(name)
+    kind = Recipe.__annotations__.get(name)
     if kind == tuple[str, ...]: return name, tuple(v for v in value.split(',') if v)
     if kind is str: return name, value
     try: value = json.loads(value)
@@ -65,18 +63,12 @@ _FORCE = typer.Option(False, '--force', help='Make it again, even where it is th
 _FINISHED = typer.Argument(..., metavar='RUN', help='A finished run folder.')
 
 # %% ../nbs/cli.ipynb #2c3c0f34
-def _check_room(recipe, run, force):
-    "Ask for the base and the disk, where something is to be trained."
-    from kofinetune.base import check_room
-    if force or 'adapter' not in read_manifest(run)['stages']: check_room(recipe, run)
-
-def _add_stage(name, made):
+def _add_stage(made):
     "Add the command of one stage."
     @_app.command(made.command, help=made.about)
     def command(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET,
                 force: bool = _FORCE):
         chosen, where = _resolve(recipe, run, settings)
-        if name == 'adapter': _check_room(chosen, where, force)
         resolve_name(made.function)(chosen, where, force=force)
         if rank() == 0: typer.echo(f'{made.command}: done, {where}')
 
@@ -85,11 +77,13 @@ def _add_stage(name, made):
 def _run_all(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET,
              force: bool = _FORCE):
     "Every stage in order, skipping the finished ones, and a table at the end."
+    from kofinetune.base import check_room
     from kofinetune.server import check_name
     from kofinetune.train import check_options
     chosen, where = _resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')
-    _check_room(chosen, where, force)
+    if force or 'adapter' not in read_manifest(where)['stages']:
+        check_room(chosen, where)
     check_options(chosen)
     for number, made in enumerate(STAGES.values(), 1):
         typer.echo(f'[{number}/{len(STAGES)}] {made.command}')
@@ -97,7 +91,7 @@ def _run_all(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET
     _show(where)
     _summarize(where)
 
-for _name, _made in STAGES.items(): _add_stage(_name, _made)
+for _made in STAGES.values(): _add_stage(_made)
 
 # %% ../nbs/cli.ipynb #dc4602b6
 def _print_table(title, names, rows):
@@ -113,18 +107,15 @@ def _print_table(title, names, rows):
 def _summarize(run):
     "Print some answers, what changed, and the lines to type next."
     from kofinetune.report import headline
-    stages, kinds = read_manifest(run)['stages'], {}
+    stages = read_manifest(run)['stages']
     report, made = stages['eval']['result'], stages['ollama']['result']
-    asked = [row for row in read_jsonl(run/'eval'/'answers.jsonl')
-             if row['base'] is not None]
-    for i, row in enumerate(asked): kinds.setdefault(row.get('kind', i), row)
-    texts = [(f'{row["instruction"]} {row["input"]}', row['base'], row['tuned'],
-              row['output']) for row in list(kinds.values())[:5]]
-    _print_table('Five questions, none of them picked',
-                 ('question', 'base', 'tuned', 'wanted'),
-                 [[textwrap.shorten(text, 80) for text in row] for row in texts])
+    names = ('question', 'base', 'tuned', 'wanted')
+    texts = [[textwrap.shorten(row[name], 80) for name in names]
+             for row in report['examples'][-5:]]   # drawn by the seed
+    _print_table('Five questions, none of them picked', names, texts)
+    rows = read_jsonl(run/'eval'/'answers.jsonl')
     name = made['name'].removesuffix(':latest')
-    question = next((row for row in asked if not row['input']), asked[0])['instruction']
+    question = next((row for row in rows if not row['input']), rows[0])['instruction']
     typer.echo(f'{headline(report)}\n{report["base_note"]}\n'
                f'Report:   {run}/eval/report.md')
     if not made['registered']:
@@ -164,9 +155,8 @@ def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SE
     chosen, where = _resolve(recipe, run, settings)
     check_room(chosen, where)
     with tempfile.TemporaryDirectory() as folder:   # no run folder is left behind
-        if 'data' not in read_manifest(where)['stages']: where = Path(folder)/'run'
-        prepare(chosen, where)
-        counts = estimate(chosen, where)
+        prepare(chosen, folder)
+        counts = estimate(chosen, Path(folder))
     for key, value in counts.items():
         shown = value if isinstance(value, str) else f'{value:,}'
         typer.echo(f'{key:>22}  {shown}')
@@ -234,8 +224,7 @@ def _push(
     from kofinetune.hub import push_run
     if not accept:
         raise ValueError('KoAlpaca forbids commercial use (CC BY-NC 4.0) and Gemma has '
-                         'its own terms, and both travel with a model made of them; '
-                         'say that you know with --accept-noncommercial')
+                         'terms; say that you know both with --accept-noncommercial')
     seen_by = 'public' if public else 'private'
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({seen_by})')
 

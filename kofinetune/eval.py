@@ -14,9 +14,9 @@ from .recipe import Recipe
 from .korean import (check_particles, code_switching, hangul_share,
                                known_nouns, speech_level)
 from .stats import exact_match, paired_difference, share_ci, summarize
-from .base import load_base
+from .base import free_memory, load_base, load_tokenizer
 from .scoring import answer_nll, generate
-from .train import load_tuned
+from .train import load_tuned, plot_loss
 
 # %% ../nbs/04_eval.ipynb #e9c30856
 def distinct(
@@ -94,9 +94,7 @@ from .runs import (need, note, read_jsonl, read_manifest, stage, write_json,
                              write_jsonl)
 from .gguffile import load_gguf
 from .data import rows_to_measure
-from .base import (about_base, free_memory, load_tokenizer, pick_device,
-                             settle_dtype)
-from .train import plot_loss
+from .base import about_base, pick_device, settle_dtype
 from .report import render_page
 
 # %% ../nbs/04_eval.ipynb #44ed4160
@@ -110,8 +108,7 @@ def load_evaluated(
     if name == 'base': return load_base(recipe, quant='none')
     if name == 'tuned': return load_tuned(recipe, run)
     merged = need(run, 'merged')
-    if name == 'merged':
-        return load_base(recipe.replace(base=str(merged), revision=''), quant='none')
+    if name == 'merged': return load_base(recipe, quant='none', path=merged)
     file = need(run, 'ollama')/f'model-{name.removeprefix("gguf-")}.gguf'
     model = load_gguf(merged, file).to(pick_device(recipe)[0])
     return model.eval(), load_tokenizer(recipe)
@@ -122,25 +119,18 @@ def _measure_all(recipe, run, rows, asked):
     questions = [rows[i] for i in asked]
     nouns = known_nouns([row[field] for field in ('instruction', 'input', 'output')
                          for row in read_jsonl(run/'data'/'train.jsonl') + rows])
+    config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
+    same = 'gguf-bf16' if config['dtype'] == 'bfloat16' else ''   # as the export proved
     models, scored, answers = {}, {}, {}
     for name in ('base', 'tuned', 'merged', *(f'gguf-{kind}' for kind in recipe.gguf)):
-        source = 'merged' if _is_merged(name, run) else name
-        if source not in scored:
-            scored[source], answers[source] = _measure(name, recipe, run, rows, asked)
-        scored[name], answers[name] = scored[source], answers[source]
+        if name == same: made = scored['merged'], answers['merged']
+        else: made = _measure(name, recipe, run, rows, asked)
+        scored[name], answers[name] = made
         models[name] = (summarize(scored[name], recipe.seed)
                         | describe_answers(questions, answers[name], nouns))
         note(run, f'eval: {name}, answer loss {models[name]["answer_nll"]:.3f}')
         free_memory()
     return models, scored, answers
-
-def _is_merged(name, run):
-    "Say whether the export has proved that a file holds the merged weights exactly."
-    if name != 'gguf-bf16': return False
-    proofs = json.loads((need(run, 'ollama')/'verify.json').read_text(encoding='utf-8'))
-    config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
-    file = proofs['files_proved'].get('bf16', {}).get('file', {})
-    return config['dtype'] == 'bfloat16' and file.get('different') == []
 
 # %% ../nbs/04_eval.ipynb #8c2e1821
 def _measure(name, recipe, run, rows, asked):
@@ -148,10 +138,9 @@ def _measure(name, recipe, run, rows, asked):
     model, tok = load_evaluated(name, recipe, run)
     scores = answer_nll(model, tok, rows, recipe.style, recipe.max_length,
                         what=f'{name} scores')
-    sure = [i for i in asked if (s := scores[i])   # of each token of the wanted answer
-            and s['sure'] == s['tokens'] <= recipe.max_new_tokens]
     made = {i: dict(answer=format_answer(rows[i], recipe.style), stopped=True)
-            for i in sure}
+            for i in asked if (s := scores[i])   # sure of each token of this answer
+            and s['sure'] == s['tokens'] <= recipe.max_new_tokens}
     unsure = [i for i in asked if i not in made]
     written = generate(model, tok, [rows[i] for i in unsure], recipe.style,
                        recipe.max_new_tokens, what=f'{name} answers')
@@ -168,12 +157,6 @@ def _differences(scored, seed):
         measure: paired_difference(kept[two], kept[one], measure, seed)
         for measure in ('answer_nll', 'token_accuracy', 'bits_per_byte')}
         for one, two in pairs}
-
-def _training(run):
-    "Read what the training cost, and the seconds of each stage."
-    metrics = json.loads((run/'adapter'/'metrics.json').read_text(encoding='utf-8'))
-    seconds = {name: s['seconds'] for name, s in read_manifest(run)['stages'].items()}
-    return metrics | dict(stage_seconds=seconds)
 
 # %% ../nbs/04_eval.ipynb #d997fadf
 def _cases(rows, answers, asked):
@@ -226,15 +209,16 @@ def evaluate(
     run = Path(run)
     def make(folder):
         rows, held_out = rows_to_measure(run, recipe.eval_rows)
-        asked = range(len(rows))      # scoring is cheap, and answering is not
-        if 0 < recipe.answer_rows < len(rows):
-            asked = sorted(random.Random(recipe.seed).sample(asked, recipe.answer_rows))
+        count = min(recipe.answer_rows or len(rows), len(rows))   # answering is slow
+        asked = sorted(random.Random(recipe.seed).sample(range(len(rows)), count))
         models, scored, answers = _measure_all(recipe, run, rows, asked)
-        about = about_base(recipe.base)
+        about, stages = about_base(recipe.base), read_manifest(run)['stages']
+        seconds = {name: made['seconds'] for name, made in stages.items()}
         report = dict(
             rows=len(rows), answered=len(asked), held_out=held_out, recipe=recipe.name,
             base=about['name'], base_note=about['note'], models=models,
-            differences=_differences(scored, recipe.seed), training=_training(run),
+            differences=_differences(scored, recipe.seed),
+            training=stages['adapter']['result'] | dict(stage_seconds=seconds),
             **_cases([rows[i] for i in asked], answers, asked))
         _write_rows(rows, asked, scored, answers, folder)
         _write_report(report, read_jsonl(run/'adapter'/'log.jsonl'), folder)

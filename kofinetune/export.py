@@ -8,7 +8,6 @@ __all__ = ['modelfile', 'licences', 'escape_text', 'export_ollama', 'verify_run'
 # %% ../nbs/03_ollama_export.ipynb #1dba86d1
 import json, re
 from contextlib import suppress
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,14 +37,12 @@ def _template(style):
             '{{ $question = .Content }}{{ end }}{{ end }}' + text)
 
 def _modelfile_value(text, where):
-    "Quote a value of a Modelfile. ValueError for what the format cannot hold."
-    if odd := [c for c in text if not (c.isprintable() or c in '\t\n')]:
-        raise ValueError(f'{where} has U+{ord(odd[0]):04X}, which Ollama drops '
-                         f'silently: {text!r:.60}')
-    if re.search(r'"""[^\S\n]*\n', text):
-        raise ValueError(f'{where} has a line that ends in """, '
-                         f'which would end the value there: {text!r:.60}')
-    return f'"""{text}"""'
+    "Write a line of a Modelfile. ValueError for what the format cannot hold."
+    odd = [f'U+{ord(c):04X}' for c in text if not (c.isprintable() or c in '\t\n')]
+    if re.search(r'"""[^\S\n]*\n', text): odd = ['a line that ends in """']
+    if odd:
+        raise ValueError(f'{where} has {odd[0]}, which Ollama loses: {text!r:.60}')
+    return f'{where} """{text}"""'
 
 # %% ../nbs/03_ollama_export.ipynb #9d5eb3a7
 def modelfile(
@@ -59,16 +56,15 @@ def modelfile(
 ) -> str:
     "Write a Modelfile for a model trained on `format_prompt`."
     if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*\.gguf', gguf):
-        raise ValueError(f'FROM {gguf!r}: it must be the plain ASCII name of a .gguf '
-                         'file; Ollama takes anything else for a model to download')
+        raise ValueError(f'FROM {gguf!r}: write the ASCII name of a .gguf file; Ollama '
+                         'takes anything else for a model to download')
     parameters = dict(temperature=temperature, num_ctx=num_ctx, num_predict=num_predict,
                       repeat_penalty=1.0)
     if threads: parameters['num_thread'] = threads
-    def quoted(what, text): return f'{what} {_modelfile_value(text, what)}'
-    lines = [f'FROM ./{gguf}', quoted('TEMPLATE', _template(style))]
+    lines = [f'FROM ./{gguf}', _modelfile_value(_template(style), 'TEMPLATE')]
     lines += [f'PARAMETER {name} {value:g}' for name, value in parameters.items()]
-    lines += [quoted('PARAMETER stop', stop) for stop in _STOPS]
-    lines += [quoted('LICENSE', text) for text in licences]
+    lines += [_modelfile_value(stop, 'PARAMETER stop') for stop in _STOPS]
+    lines += [_modelfile_value(text, 'LICENSE') for text in licences]
     return '\n'.join(lines) + '\n'
 
 # %% ../nbs/03_ollama_export.ipynb #8f527970
@@ -124,10 +120,9 @@ def _write_files(recipe, run, folder, name):
     for dtype in recipe.gguf:
         served = f'model-{dtype}.gguf'
         made[served] = write_gguf(run/'merged', folder/served, dtype, name)
-    small = made[served]['bytes'] < 30e6   # threads would mostly wait for each other
+    one = int(made[served]['bytes'] < 30e6)   # threads would mostly wait for each other
     text = modelfile(served, recipe.style, recipe.temperature, recipe.num_ctx,
-                     recipe.max_new_tokens, threads=int(small),
-                     licences=licences(recipe.source, recipe.base))
+                     recipe.max_new_tokens, one, licences(recipe.source, recipe.base))
     (folder/'Modelfile').write_text(text, encoding='utf-8', newline='\n')
     return dict(name=name, served_file=served, files=made, registered=False)
 
@@ -145,13 +140,9 @@ def _prove_files(recipe, run, folder, name):
         if found := file['different'][:1] + proof['failed']:
             failed.append(f'{path.name} is not the merged model: {"; ".join(found)}')
         proofs[dtype] = dict(file=file) | proof
-    parts = ('file', 'tokens', 'logprobs', 'greedy')
-    packages = ('transformers', 'tokenizers', 'gguf', 'xllamacpp', 'ollama')
     return proofs[dtype] | dict(
-        versions={package: version(package) for package in packages},
         text=dict(checked=0, skipped=f'no Ollama server answered at {server_url()}'),
-        files_proved={dtype: {part: proof[part] for part in parts}
-                      for dtype, proof in proofs.items()}, served=None, failed=failed)
+        files_proved=proofs, served=None, failed=failed)
 
 # %% ../nbs/03_ollama_export.ipynb #75f3b96b
 def _prove_served(recipe, run, name, everything=False):
@@ -164,19 +155,15 @@ def _prove_served(recipe, run, name, everything=False):
     differs = _served_differences(name, folder)
     proof = verify_ollama(name, run/'merged', rows + hard, len(rows), recipe.gguf[-1],
                           recipe.style, texts)
-    found = [f'its {part} is not that of {folder}' for part in differs]
-    found = '; '.join(found + proof['failed'])
-    failed = [f'Ollama does not serve the merged model: {found}'] if found else []
-    return proof | dict(failed=failed, served=dict(name=name, different=differs))
+    failed = [f'{name}: its {part} is not that of {folder}' for part in differs]
+    return proof | dict(failed=failed + proof['failed'],
+                        served=dict(name=name, different=differs))
 
 def _served_differences(name, folder):
     "Which of file, template, parameters differ on Ollama; None: it has no such model."
-    import ollama
     with ollama_client(f'showing {name}') as client:
-        try: there = read_modelfile(client.show(name).modelfile)
-        except ollama.ResponseError as e:
-            if e.status_code == 404: return None
-            raise
+        if name not in [m.model for m in client.list().models]: return None
+        there = read_modelfile(client.show(name).modelfile)
     here = read_modelfile((folder/'Modelfile').read_text(encoding='utf-8'))
     same = dict(file=file_hashes(folder)[Path(here['from']).name] in there['from'])
     same |= {part: there[part] == here[part] for part in ('template', 'parameters')}
@@ -222,15 +209,13 @@ def verify_run(
     faults = file_faults(run, 'ollama')
     faults.pop('verify.json', None)
     if faults: raise RuntimeError('; '.join(faults.values()))
-    result = read_manifest(run)['stages']['ollama']['result']
-    name, failed, server = result['name'], result['failed'], server_version()
+    result = read_manifest(run)['stages']['ollama']['result'] | dict(failed=[])
+    name, server = result['name'], server_version()
     there = server and _served_differences(name, folder) is not None
-    if not there or everything or failed:   # else the same bytes were proved
-        result |= _prove_files(recipe, run, folder, name)
-        failed = result['failed']
-    if there:
-        result |= _prove_served(recipe, run, name, everything)
-        result['failed'] = failed + result['failed']
+    if not there or everything: result |= _prove_files(recipe, run, folder, name)
+    if there:   # the export has proved the same bytes
+        served = _prove_served(recipe, run, name, everything)
+        result |= served | dict(failed=result['failed'] + served['failed'])
     elif server:
         result['text']['skipped'] = (f'Ollama at {server_url()} has no model {name}; '
                                      f'register it with: kofinetune export --run {run}')

@@ -47,8 +47,7 @@ def _card(run, what='merged', repo='me/model'):
     return render_page(
         'card.md.jinja', repo=repo, what=what, recipe=recipe, report=report, ask=ask,
         measured=measured[what], base=about['name'], known=about['packaged'],
-        gemma=about['gemma'],
-        koalpaca=recipe.source.startswith('koalpaca'),
+        gemma=about['gemma'], koalpaca=recipe.source.startswith('koalpaca'),
         modelfile=re.sub(r'(?m)^FROM .*', 'FROM ./model-bf16.gguf', modelfile),
         terms=licences(recipe.source, recipe.base), stages=record['stages'],
         versions=record['versions'])
@@ -78,8 +77,7 @@ def push_run(
         api.create_commit(repo, pieces, commit_message=f'{what} of a kofinetune run')
     except (httpx2.HTTPError, OSError, RuntimeError) as e:
         why = ' '.join((str(e) or repr(e)).partition('\n')[0].split())
-        raise RuntimeError(
-            f'{repo} was not pushed ({why}); check the owner and your token (hf auth '
-            'login), and run the same command again; what has arrived is not sent twice'
-        ) from None
+        raise RuntimeError(f'{repo} was not pushed ({why}); check the owner and your '
+                           'token (hf auth login), and run the same command again'
+                           ) from None
     return f'{api.endpoint}/{repo}'

@@ -73,32 +73,24 @@ def _shared_rows(read):
     if not rows:
         raise ValueError(f'{" and ".join(read)} were evaluated on different rows and '
                          'share none; give them the same source, seed and valid_rows')
-    notes = []
-    for name, r in read.items():
-        if taught := sum(row in r['trained'] for row in rows):
-            notes.append(f'{name} was TRAINED on {taught} of these {len(rows)} rows: '
-                         'its numbers are too good')
+    notes = [f'{name} was TRAINED on {taught} of these {len(rows)} rows: '
+             'its numbers are too good' for name, r in read.items()
+             if (taught := sum(row in r['trained'] for row in rows))]
     if len({r['recipe']['base'] for r in read.values()}) > 1:
-        notes.append('the bases differ: compare bits per byte, not loss, '
-                     'where their tokenizers do')
+        notes.append('the bases differ: compare bits per byte, not loss')
     return rows, notes
 
 # %% ../nbs/report.ipynb #8fc0714b
 _COSTS = ('num_tokens', 'steps', 'train_runtime', 'tokens_per_second',
           'peak_memory_bytes', 'trainable_parameters', 'device')
 
-def _measure(read, rows, notes):
+def _measure(read, rows):
     "Measure every run on the same rows, and the others' changes from the first."
     base, tuned = ({name: [r['scores'][row][model] for row in rows]
                     for name, r in read.items()} for model in ('base', 'tuned'))
     parts = dict.fromkeys(('answer_nll', 'token_accuracy', 'bits_per_byte'), tuned)
-    known = [i for i, same in enumerate(zip(*tuned.values()))
-             if all('match' in score for score in same)]
-    if known:
-        parts['exact_match'] = {name: [scores[i] for i in known]
-                                for name, scores in tuned.items()}
-        if len(known) < len(rows):
-            notes.append(f'exact_match: of {len(known)} rows that every run answered')
+    if all('match' in score for scores in tuned.values() for score in scores):
+        parts['exact_match'] = tuned
     runs = {name: {m: summarize(part[name])[m] for m, part in parts.items()}
             | dict(base_answer_nll=summarize(base[name])['answer_nll'])
             | {cost: r['metrics'].get(cost) for cost in _COSTS}
@@ -119,7 +111,7 @@ def compare_runs(
         raise ValueError(f'{len(paths)} run to compare; name two different runs')
     read = {name: read_run(path) for name, path in paths.items()}
     rows, notes = _shared_rows(read)
-    measured, differences = _measure(read, rows, notes)
+    measured, differences = _measure(read, rows)
     recipe = {field: {name: r['recipe'][field] for name, r in read.items()}
               for field in Recipe.__dataclass_fields__ if field != 'name'}
     changed = {field: values for field, values in recipe.items()
@@ -160,12 +152,11 @@ def _draw_curves(read, path):
     "Draw the loss curves of runs: training rows thin, held-out rows thick."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 4), layout='constrained')
-    ax, looks = figure.subplots(), (('loss', 'training', dict(lw=1, alpha=.5)),
-                                    ('eval_loss', 'held out', dict(lw=2, marker='o')))
+    ax = figure.subplots()
     for i, (name, r) in enumerate(read.items()):
-        for key, label, look in looks:
+        for key, label, width in ('loss', 'training', .5), ('eval_loss', 'held out', 2):
             points = zip(*((e['epoch'], e[key]) for e in r['log'] if key in e))
-            ax.plot(*points, color=f'C{i}', label=f'{name}, {label}', **look)
+            ax.plot(*points, f'C{i}.-', label=f'{name}, {label}', lw=width)
     ax.set(xlabel='epoch', ylabel='nats per token in the loss', yscale='log',
            title='Loss of each run')
     ax.legend()

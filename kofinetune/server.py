@@ -8,15 +8,10 @@ __all__ = ['server_url', 'server_version', 'ollama_client', 'check_name', 'read_
 # %% ../nbs/server.ipynb #10d0acb5
 import json, os, re
 from contextlib import contextmanager
-from ipaddress import ip_address
 from pathlib import Path
 
 # %% ../nbs/server.ipynb #74bd4ac1
-def _is_here(host):
-    "Say whether a host is this machine."
-    try: address = ip_address(host)
-    except ValueError: return host == 'localhost'
-    return address.is_loopback or address.is_unspecified
+_HERE = ('localhost', '127.0.0.1', '::1', '0.0.0.0', '::')   # this machine
 
 def server_url(
     host: str | None = None,  # None: what OLLAMA_HOST says, or 127.0.0.1:11434
@@ -28,10 +23,9 @@ def server_url(
     except (ValueError, httpx.InvalidURL) as e:
         raise ValueError(f'OLLAMA_HOST is {said!r} ({e}); '
                          'write host:port, such as 127.0.0.1:11434') from None
-    if not _is_here(url.host) and os.environ.get('KOFINETUNE_REMOTE_OLLAMA') != '1':
-        raise ValueError(f'OLLAMA_HOST names {url.host}, another machine: '
-                         'rows and model would leave this one. Allow it with '
-                         'KOFINETUNE_REMOTE_OLLAMA=1, or unset OLLAMA_HOST')
+    if url.host not in _HERE and os.environ.get('KOFINETUNE_REMOTE_OLLAMA') != '1':
+        raise ValueError(f'OLLAMA_HOST names {url.host}, another machine: it would get '
+                         'rows and model. Allow it with KOFINETUNE_REMOTE_OLLAMA=1')
     return str(url).rstrip('/')
 
 # %% ../nbs/server.ipynb #7fa5237e
@@ -58,26 +52,23 @@ def ollama_client(
         return
     except ollama.ResponseError as e:
         status = f' {e.status_code}' if e.status_code > 0 else ''
-        said = f'answers{status} while {doing}: {e.error}'
-        advice = 'see what it printed'
+        said = f'answers{status} while {doing}: {e.error}; see what it printed'
     except (httpx.HTTPError, ConnectionError, json.JSONDecodeError) as e:
-        said = f'broke off while {doing} ({type(e).__name__})'
-        advice = 'start it again with: ollama serve'
-    raise RuntimeError(f'Ollama at {server_url()} {said}; {advice}, '
-                       'then run the same command again')
+        said = (f'broke off while {doing} ({type(e).__name__}); '
+                'start it again with: ollama serve')
+    raise RuntimeError(f'Ollama at {server_url()} {said}, then run the same command '
+                       'again')
 
 # %% ../nbs/server.ipynb #6a405af0
 def check_name(
     name: str,  # [namespace/]model[:tag]
 ) -> str:       # the name with its tag
     "Check a model's name as Ollama does, and add the tag `latest` where there is none."
-    word = r'[A-Za-z0-9_][A-Za-z0-9_-]{0,79}'
-    dotted = r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}'
-    match = re.fullmatch(rf'(?:{word}/)?{dotted}(?P<tag>:{dotted})?', name)
-    if not match:
+    valid = r'(\w[\w-]{0,79}/)?\w[\w.-]{0,79}(:\w[\w.-]{0,79})?'
+    if not re.fullmatch(valid, name, re.ASCII):
         raise ValueError(f'ollama_name is {name!r}; a name has 1 to 80 of '
                          'A-Z a-z 0-9 _ - . and begins with a letter, a digit or _')
-    return name if match['tag'] else name + ':latest'
+    return name if ':' in name else name + ':latest'
 
 # %% ../nbs/server.ipynb #f11aacd1
 def read_modelfile(

@@ -133,8 +133,7 @@ def test_a_drawn_part_is_answered_and_every_row_is_scored(report, rehearsal_run,
     assert sum(kind['rows'] for kind in part['kinds'].values()) == 40 and {e['row'] for e in part['examples']} <= set(asked)
     assert headline(part).endswith('of 40 drawn rows.') and 'drawn' not in headline(report)
     compared = compare_runs([rehearsal_run, run])
-    assert compared['rows'] == 90 and 'exact_match: of 40 rows that every run answered' in compared['notes']
-    assert compared['runs']['run']['exact_match'] == sum(right) / 40 == compared['runs']['rehearsal']['exact_match']
+    assert compared['rows'] == 90 and 'exact_match' not in compared['runs']['run']     # 50 of the rows were not answered
 
 
 def test_answers_that_follow_from_the_scores_are_those_that_are_generated(report, rehearsal_run, merged):
