@@ -8,10 +8,15 @@ __all__ = ['server_url', 'server_version', 'ollama_client', 'check_name', 'read_
 # %% ../nbs/server.ipynb #10d0acb5
 import json, os, re
 from contextlib import contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
 # %% ../nbs/server.ipynb #74bd4ac1
-_HERE = ('localhost', '127.0.0.1', '::1', '0.0.0.0', '::')   # this machine
+def _is_here(host):
+    "Say whether a host is this machine."
+    try: address = ip_address(host)
+    except ValueError: return host == 'localhost'
+    return address.is_loopback or address.is_unspecified
 
 def server_url(
     host: str | None = None,  # None: what OLLAMA_HOST says, or 127.0.0.1:11434
@@ -23,7 +28,7 @@ def server_url(
     except (ValueError, httpx.InvalidURL) as e:
         raise ValueError(f'OLLAMA_HOST is {said!r} ({e}); '
                          'write host:port, such as 127.0.0.1:11434') from None
-    if url.host not in _HERE and os.environ.get('KOFINETUNE_REMOTE_OLLAMA') != '1':
+    if not _is_here(url.host) and os.environ.get('KOFINETUNE_REMOTE_OLLAMA') != '1':
         raise ValueError(f'OLLAMA_HOST names {url.host}, another machine: it would get '
                          'rows and model. Allow it with KOFINETUNE_REMOTE_OLLAMA=1')
     return str(url).rstrip('/')

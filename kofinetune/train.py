@@ -7,7 +7,7 @@ __all__ = ['encode', 'add_lora', 'encode_rows', 'make_trainer', 'check_options',
            'load_tuned']
 
 # %% ../nbs/01_qlora_train.ipynb #6f4af92b
-import logging, math, os, platform, random, shutil, tempfile, time
+import logging, math, os, platform, random, shutil, tempfile
 from pathlib import Path
 
 import torch
