@@ -151,7 +151,7 @@ def _joint_faults(r):
         yield (f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be "
                'trained; set quant=none')
     if 'r' in r.lora: yield f'lora.r is {r.lora["r"]!r}; the rank is lora_r'
-    if not r.gguf or not {*r.gguf} <= {'bf16', 'f16', 'q8_0'}:
+    if not r.gguf or not all(one in ('bf16', 'f16', 'q8_0') for one in r.gguf):
         yield f'gguf is {list(r.gguf)}; choose from bf16, f16, q8_0'
     if r.max_new_tokens >= r.num_ctx:
         yield (f'max_new_tokens is {r.max_new_tokens} and num_ctx {r.num_ctx}: no room '
