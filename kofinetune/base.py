@@ -205,8 +205,9 @@ def _from_hub(auto_class, recipe, path=None, **options):
 
 _FOLDER = ('it needs config.json, whole *.safetensors that fit it, and a tokenizer; '
            'code of its own is never run')
-_HUB = ('if the network failed, run the same command again; if gated, accept its licence '
-        'at https://huggingface.co/{} and run: hf auth login; or set base=gemma-3-270m-q4')
+_HUB = ('if the network failed, run the same command again; if gated, accept its '
+        'licence at https://huggingface.co/{} and run: hf auth login; or set '
+        'base=gemma-3-270m-q4')
 
 # %% ../nbs/base.ipynb #9f78e35b
 def _check_revision(recipe):
