@@ -50,7 +50,8 @@ def _fetch(url, blob):
     try:
         with FileLock(path.parent/'.lock'):    # one process downloads
             for part in path.parent.glob('tmp*'): part.unlink()   # of a killed one
-            pooch.retrieve(url, None, path.name, path.parent, progressbar=True)
+            bar = progress(what='download', total=1)   # pooch sets the size
+            pooch.retrieve(url, None, path.name, path.parent, progressbar=bar)
     except requests.RequestException as e:
         raise RuntimeError(
             f'{url} could not be downloaded ({type(e).__name__}); try again with a '
