@@ -107,8 +107,8 @@ def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
 def test_every_text_that_ollama_prints_names_one_id_or_none(tok):
     "110 texts of the vocabulary belong to two ids, and U+FFFD to a piece of any letter: where it is not known which is meant, nothing is compared."
     from kofinetune.proof import _pieces, _read_ollama
-    pieces, texts, cut = _pieces(tok), tok.convert_ids_to_tokens(range(len(tok))), '\ufffd'.encode()
-    bytes_too = [data for data, i in pieces.items() if f'<0x{data[0]:02X}>' in tok.get_vocab() and len(data) == 1 and not texts[i].startswith('<0x')]
+    pieces, vocab, texts, cut = _pieces(tok), tok.get_vocab(), tok.convert_ids_to_tokens(range(len(tok))), '\ufffd'.encode()
+    bytes_too = [data for data, i in pieces.items() if len(data) == 1 and f'<0x{data[0]:02X}>' in vocab and not texts[i].startswith('<0x')]
     assert len(bytes_too) == 110 and pieces[b'\n'] == 107 and cut not in pieces
     def piece(data, logp): return dict(bytes=list(data), logprob=logp)
     prompt = '### Response:\n'
