@@ -72,7 +72,7 @@ def _unpacked(base):
         write_json(dict(file=file.name, sha256=sha256) | about, folder/'gguf.json')
         text = f'{_TERMS}\n\n{_unpacked_note(folder)}\n'
         (folder/'NOTICE').write_text(text, encoding='utf-8', newline='\n')
-    return make_once(cache_dir()/f'gguf-{sha256[:16]}-1', make)   # 1: its layout
+    return make_once(cache_dir()/f'gguf-{sha256[:16]}-2', make)   # 2: its layout
 
 # %% ../nbs/base.ipynb #10025925
 def _unpacked_note(folder):

@@ -238,9 +238,11 @@ def _matched(model, tensors):
         if tensor is None or tensor['shape'] != shape:
             seen = 'missing' if tensor is None else f'of the shape {tensor["shape"]}'
             raise ValueError(f'{key} is {seen}; it must have the shape {shape}')
-        kind = gguf.GGMLQuantizationType[tensor['type']]
-        values = gguf.quants.dequantize(tensor['data'], kind).reshape(shape)
-        yield key, weight, torch.from_numpy(values - key.endswith('norm.weight'))
+        data, kind = tensor['data'], gguf.GGMLQuantizationType[tensor['type']]
+        parts = [torch.from_numpy(gguf.quants.dequantize(data[i:i + 8192], kind)
+                                  - key.endswith('norm.weight')).to(weight.dtype)
+                 for i in range(0, len(data), 8192)]   # a whole embedding takes 2 GB
+        yield key, weight, torch.cat(parts).reshape(shape)
     if stored: raise ValueError(f'it holds {[*stored][0]}, which Gemma 3 does not have')
 
 # %% ../nbs/gguffile.ipynb #40506a65
@@ -268,8 +270,8 @@ def unpack_gguf(
     folder, (keys, tensors) = Path(folder), read_gguf(path)
     try:
         config, tokenizer = _unpacked_config(keys, tensors), _unpacked_tokenizer(keys)
-        with torch.device('meta'): empty = Gemma3ForCausalLM(config)
-        weights = {key: new.bfloat16() for key, _, new in _matched(empty, tensors)}
+        with torch.device('meta'): empty = Gemma3ForCausalLM(config).bfloat16()
+        weights = {key: values for key, _, values in _matched(empty, tensors)}
     except (KeyError, ValueError, NotImplementedError) as e:
         why = f'it has no key {e.args[0]}' if isinstance(e, KeyError) else e
         raise ValueError(f'{path} cannot be unpacked: {why}; get a Gemma 3 text model '

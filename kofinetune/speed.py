@@ -54,8 +54,7 @@ def _scoring_forward(model, head):
         hidden, mask = states.last_hidden_state[:, :-1], labels[:, 1:] != -100
         logp, entropy, hit, _ = score_tokens(
             hidden[mask], head.weight, labels[:, 1:][mask], learn=hidden.requires_grad)
-        placed = [s.new_zeros(mask.shape).masked_scatter(mask, s)
-                  for s in (logp, entropy, hit)]
-        names = ('log_probs', 'entropy', 'is_top1')
-        return FusedCausalLMOutput(label_mask=mask, **dict(zip(names, placed)))
+        def placed(s): return s.new_zeros(mask.shape).masked_scatter(mask, s)
+        return FusedCausalLMOutput(label_mask=mask, log_probs=placed(logp),
+                                   entropy=placed(entropy), is_top1=placed(hit))
     return forward
