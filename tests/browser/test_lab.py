@@ -19,7 +19,7 @@ from settings import page_order   # noqa: E402
 
 LESSONS = [*page_order()[0], 'cli', 'clusters']
 ORDER = [*LESSONS, *(name for group in page_order() for name in group if name not in LESSONS), 'index']
-COPIED = ['Makefile', '.jupyter', 'nbs', 'docs/laptop-report.json', 'docs/quotes.json', 'benchmarks/results', 'examples']
+COPIED = ['Makefile', '.jupyter', 'nbs', 'docs/gemma-tokens.json', 'docs/laptop-report.json', 'docs/quotes.json', 'benchmarks/results', 'examples']
 TIMED = {'@jupyterlab/notebook-extension:tracker': {'recordTiming': True}}
 PANEL = 'window.jupyterapp.shell.currentWidget'
 # What the notebook's own model and the kernel's connection say; cells out of sight are not in the page.
