@@ -20,7 +20,7 @@ def server(tmp_path_factory):
 @pytest.mark.ollama
 @pytest.mark.parametrize('name', WITH_OLLAMA)
 def test_the_cells_for_ollama_run(name, rehearsal_run, server, tmp_path):
-    for folder in ('nbs', 'benchmarks/results'): shutil.copytree(ROOT/folder, tmp_path/folder)
+    for folder in ('nbs', 'benchmarks/results', 'docs'): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=shutil.ignore_patterns('locale'))
     shutil.copyfile(ROOT/'settings.ini', tmp_path/'settings.ini')
     shutil.copytree(rehearsal_run, tmp_path/'runs'/'rehearsal', ignore=shutil.ignore_patterns('.lock'))
     command = [Path(sys.executable).parent/'nbdev_test', '--path', tmp_path/'nbs'/f'{name}.ipynb', '--n_workers', '0', '--flags', 'ollama']
