@@ -127,7 +127,7 @@ def _write_files(recipe, run, folder, name):
     return dict(name=name, served_file=served, files=made, registered=False)
 
 # %% ../nbs/03_ollama_export.ipynb #2a50463a
-def _prove_files(recipe, run, folder, name):
+def _prove_files(recipe, run, folder, name, asked=40):
     "Prove every GGUF file on llama.cpp; say what the served one showed."
     rows, proofs, failed = rows_to_measure(run, 100, fill=True)[0], {}, []
     prompts = [format_prompt(row, recipe.style)
@@ -135,7 +135,7 @@ def _prove_files(recipe, run, folder, name):
     for dtype in recipe.gguf:
         path = folder/f'model-{dtype}.gguf'
         file = check_gguf(run/'merged', path, dtype, name)
-        proof = verify_gguf(run/'merged', path, prompts, len(rows), dtype)
+        proof = verify_gguf(run/'merged', path, prompts, min(asked, len(rows)), dtype)
         free_memory()
         if found := file['different'][:1] + proof['failed']:
             failed.append(f'{path.name} is not the merged model: {"; ".join(found)}')
@@ -148,7 +148,7 @@ def _prove_files(recipe, run, folder, name):
 def _prove_served(recipe, run, name, everything=False):
     "Prove what Ollama serves under `name`; `failed` says what is wrong."
     folder, hard = run/'ollama', difficult_rows()
-    rows = rows_to_measure(run, 100 if everything else 40, fill=True)[0]
+    rows = rows_to_measure(run, 100 if everything else 20, fill=True)[0]
     texts = rows + hard + (load_rows('rehearsal') if everything else [])
     if not everything:   # 2,000 letters take a large model a minute
         hard = [row for row in hard if len(row['instruction'] + row['input']) < 500]
@@ -212,7 +212,9 @@ def verify_run(
     result = read_manifest(run)['stages']['ollama']['result'] | dict(failed=[])
     name, server = result['name'], server_version()
     there = server and _served_differences(name, folder) is not None
-    if not there or everything: result |= _prove_files(recipe, run, folder, name)
+    asked = 100 if everything else 40
+    if not there or everything:
+        result |= _prove_files(recipe, run, folder, name, asked)
     if there:   # the export has proved the same bytes
         served = _prove_served(recipe, run, name, everything)
         result |= served | dict(failed=result['failed'] + served['failed'])

@@ -7,6 +7,7 @@ __all__ = ['serve_gguf', 'difficult_rows', 'verify_gguf', 'compare_texts', 'veri
 
 # %% ../nbs/proof.ipynb #1d272ec0
 import json, os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -190,18 +191,20 @@ def compare_texts(
     style: str = 'alpaca',  # as trained
 ) -> dict:                  # checked, different, examples
     "Compare what Ollama renders, by generate and by chat, with `format_prompt`."
+    def rendered(row):
+        said = dict(system=row['input'], user=row['instruction'])
+        chat = [dict(role=who, content=text) for who, text in said.items() if text]
+        asked = {'/api/chat': dict(messages=chat), '/api/generate': dict(
+            prompt=row['instruction'], system=row['input'])}
+        return {_post(client, path, model=name, _debug_render_only=True,
+                      **request)['_debug_info']['rendered_template']
+                for path, request in asked.items()}
     wrong = []
-    with ollama_client('rendering prompts') as client:
-        for row in progress(rows, 'Ollama renders prompts'):
-            said = dict(system=row['input'], user=row['instruction'])
-            chat = [dict(role=who, content=text) for who, text in said.items() if text]
-            asked = {'/api/chat': dict(messages=chat), '/api/generate': dict(
-                prompt=row['instruction'], system=row['input'])}
-            made = {_post(client, path, model=name, _debug_render_only=True,
-                          **request)['_debug_info']['rendered_template']
-                    for path, request in asked.items()}
+    with ollama_client('rendering prompts') as client, ThreadPoolExecutor(4) as pool:
+        made = zip(rows, pool.map(rendered, rows))   # a request takes .15 s of one core
+        for row, texts in progress(made, 'Ollama renders prompts', total=len(rows)):
             wanted = format_prompt(row, style)
-            if made != {wanted}: wrong.append(wanted)
+            if texts != {wanted}: wrong.append(wanted)
     return dict(checked=len(rows), different=len(wrong), examples=wrong[:5])
 
 def _post(client, path, **request):
