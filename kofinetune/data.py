@@ -133,12 +133,13 @@ def split_rows(
 
 # %% ../nbs/00_data.ipynb #0a3bb3ba
 def _reasons(recipe, read, report, taken):
-    "Count why rows are left out: bad ones, dropped ones, those after the first `rows`."
+    "Count why rows are left out, bad ones first: (reason -> count, text)."
     flagged = {name: set(report['flags'][name]) for name in recipe.drop}
     dropped = Counter(next(name for name in flagged if i in flagged[name])
                       for i in report['dropped'])
     later = Counter({f'after the first {taken:,}': read['kept'] - taken})
-    return Counter(read['faults']) + dropped + later
+    lost = Counter(read['faults']) + dropped + later
+    return lost, ''.join(f', {n:,} left out ({reason})' for reason, n in lost.items())
 
 # %% ../nbs/00_data.ipynb #c07a2651
 def _prepare_rows(recipe, folder):
@@ -149,6 +150,10 @@ def _prepare_rows(recipe, folder):
         bar.update()
         kept, report = clean_rows(ready, recipe.drop)
         bar.update()
+        lost, why = _reasons(recipe, read, report, len(rows))
+        if not kept:
+            raise ValueError(f'{recipe.source} has {read["rows"]:,} rows{why}; none '
+                             'can be trained on: name fewer flags in drop')
         # where near copies were not looked for, none are kept together
         near = recipe.valid_rows and 'near_duplicate' in report['flags']
         pairs, held = near_pairs(kept) if near else (), recipe.valid_rows
@@ -159,14 +164,12 @@ def _prepare_rows(recipe, folder):
     counts = dict(rows=len(rows), kept=len(kept), reported=len(report['dropped']))
     flags = {name: dict(count=len(where), rows=where)
              for name, where in report['flags'].items()}
-    lost = _reasons(recipe, read, report, len(rows))
     write_json(counts | dict(
         normalized=sum(a != b for a, b in zip(rows, ready)), dropped=report['dropped'],
         left_out=Counter(read['left_out']) + lost, flags=flags), folder/'audit.json')
     short = f' of {held:,.0f} asked for' if len(valid) < held else ''
-    said = ''.join(f', {n:,} left out ({reason})' for reason, n in lost.items())
     said = (f'{read["rows"]:,} rows read: {len(train):,} to train on, '
-            f'{len(valid):,} held out{short}{said}')
+            f'{len(valid):,} held out{short}{why}')
     return counts | dict(train=len(train), valid=len(valid),
                          said=[read['understood'], said])
 

@@ -5,12 +5,14 @@ import json
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from kofinetune import cli
 from kofinetune.data import prepare
 from kofinetune.formats import read_rows, validate_rows
 from kofinetune.recipe import Recipe
+from kofinetune.report import render_page
 from kofinetune.runs import read_jsonl, write_jsonl
 
 relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -311,6 +313,11 @@ def test_rows_after_the_first_are_counted(tmp_path, capsys):
     assert made['rows'] == 5 and audit['left_out'] == {'after the first 5': 4} and '4 left out (after the first 5)' in capsys.readouterr().out
 
 
+def test_no_row_left_says_why(tmp_path):
+    with pytest.raises(ValueError, match=r'has 3 rows, 3 left out \(empty_answer\); none can be trained on'):
+        stage(tmp_path, [ask(f'{i}번 물음은?', '', '') for i in range(3)])
+
+
 def test_bad_rows_are_refused_unless_they_are_to_be_skipped(tmp_path):
     rows = [*numbered(5), ask('수는?', '', 7)]
     with pytest.raises(ValueError, match=r"rows.jsonl line 6: 'output' is 7; .*rows with faults: 1; .*--set skip_bad_rows=true"): stage(tmp_path, rows)
@@ -344,6 +351,14 @@ def test_the_command_maps_fields_and_skips_bad_rows(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.splitlines()[-3:] == [
         'data: 손님 as instruction, 직원 as output: 8 rows', 'data: 9 rows read: 6 to train on, 2 held out, 1 left out (output: missing)', 'data: done, run']
     assert len(read_jsonl(tmp_path/'run'/'data'/'train.jsonl')) == 6
+
+
+def test_the_report_says_what_happened_to_the_rows():
+    report = json.loads((ROOT/'docs'/'laptop-report.json').read_text(encoding='utf-8'))
+    assert '- Rows: ' not in render_page('report.md.jinja', report=report)       # of a run made before this was recorded
+    told = report | dict(data=['messages: 5 rows', '5 rows read: 4 to train on, 1 held out'], training=report['training'] | dict(left_out=2))
+    assert ('- Rows: messages: 5 rows; 5 rows read: 4 to train on, 1 held out, 2 of those to train on left out (longer than max_length).\n'
+            in render_page('report.md.jinja', report=told))
 
 
 def test_line_ends_are_made_one_and_blog_keeps_them(tmp_path):
