@@ -361,7 +361,7 @@ def test_the_report_says_what_happened_to_the_rows():
             in render_page('report.md.jinja', report=told))
 
 
-def test_line_ends_are_made_one_and_blog_keeps_them(tmp_path):
+def test_line_ends_are_made_one(tmp_path):
     rows = [ask('두 줄로?', '', '하나\r\n둘\r셋')]
     stage(tmp_path, rows, valid_rows=0)
     assert read_jsonl(tmp_path/'run'/'data'/'train.jsonl')[0]['output'] == '하나\n둘\n셋'
