@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'bench', 'report', 'gemma')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('dev', 'docs', 'bench', 'report', 'gemma', 'excel')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],

@@ -69,7 +69,7 @@ def laptop(run):
 
 def best(run, rows):
     "Evaluate `best` on 1,000 held-out rows."
-    settings = dict(base=BASE, source=rows, rows=1400, epochs=.1)
+    settings = dict(base=BASE, source=rows, rows=1400, valid_rows=1000, epochs=.1)
     _, seconds, peaks = command('run', '--recipe', 'best', '--run', run, *(f'--set={k}={v}' for k, v in settings.items()), run=run)
     stages = read_manifest(run)['stages']
     report = stages['eval']['result']

@@ -1,6 +1,6 @@
 """Train an adapter on rows of your own, and see one answer before and after.
 
-Each line of the file is one row: {"instruction": "...", "input": "...", "output": "..."}. A tenth of them is held out.
+The file may be JSON lines, CSV, chats and more (nbs/formats.ipynb). A tenth of its rows is held out.
 
     python examples/train_on_my_rows.py my.jsonl runs/mine                 # the stand-in base, minutes on a CPU
     python examples/train_on_my_rows.py my.jsonl runs/mine --recipe laptop # Gemma 3 270M, with pip install "kofinetune[gemma]"
@@ -11,8 +11,8 @@ Then `kofinetune run --run runs/mine` merges, exports and evaluates what was tra
 import argparse
 from pathlib import Path
 
-from kofinetune import Recipe, finetune, generate, load_tuned, prepare, read_rows
-from kofinetune.runs import read_jsonl
+from kofinetune import Recipe, finetune, generate, load_tuned, prepare
+from kofinetune.data import rows_to_measure
 from kofinetune.base import load_base
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,14 +22,13 @@ parser.add_argument('--recipe', default='rehearsal')
 parser.add_argument('--epochs', type=float, default=4)
 args = parser.parse_args()
 
-recipe = Recipe.named(args.recipe).replace(name=args.run.name, source=str(args.rows), epochs=args.epochs,
-                                           valid_rows=len(read_rows(args.rows)) // 10)
+recipe = Recipe.named(args.recipe).replace(name=args.run.name, source=str(args.rows), epochs=args.epochs, valid_rows=.1)
 counts = prepare(recipe, args.run)
 metrics = finetune(recipe, args.run)
 print(f'{counts["train"]} rows trained on, {counts["valid"]} held out, {metrics["train_runtime"]:.0f} s; {args.run}/adapter')
 
-row = read_jsonl(args.run/'data'/'valid.jsonl')[0]
-print('asked: ', row['instruction'], row['input'])
+(row, *_), held_out = rows_to_measure(args.run)    # a row that was trained on, where none could be held out
+print('asked: ' if held_out else 'asked (trained on): ', row['instruction'], row['input'])
 print('wanted:', row['output'])
 for name, (model, tok) in (('base', load_base(recipe, quant='none')), ('tuned', load_tuned(recipe, args.run))):
     print(f'{name + ":":7}', generate(model, tok, [row], recipe.style, recipe.max_new_tokens)[0]['answer'])

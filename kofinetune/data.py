@@ -6,14 +6,15 @@
 __all__ = ['git_blob_id', 'cache_dir', 'load_rows', 'clean_rows', 'split_rows', 'prepare', 'rows_to_measure']
 
 # %% ../nbs/00_data.ipynb #041cbb60
-import hashlib, os
+import hashlib, os, re, unicodedata
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
-from .formats import normalize_row, read_rows
+from .formats import read_rows
 from .recipe import Recipe
-from .runs import need, progress, read_jsonl, stage, write_json, write_jsonl
+from .runs import (file_hashes, need, progress, read_jsonl, stage, write_json,
+                             write_jsonl)
 from .audit import audit, near_pairs
 
 # %% ../nbs/00_data.ipynb #b6444d3f
@@ -62,20 +63,23 @@ def _fetch(url, blob):
 
 # %% ../nbs/00_data.ipynb #ef9770e1
 def _source_path(source):
-    "Find the file of a `source`, downloading a known one that is not in the cache."
+    "Find the file or folder of a `source`, downloading a known one."
     if source in _SOURCES: return _fetch(**_SOURCES[source])
     packaged = files('kofinetune')/'assets'/'rehearsal.jsonl'
     path = Path(str(packaged) if source == 'rehearsal' else source)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} is not a file; source is {", ".join(_SOURCES)}'
-                                ', rehearsal, or a .json, .jsonl or .csv file')
+    if not path.exists() and '@' not in source:
+        raise FileNotFoundError(
+            f'{path} is not a file or folder; source is one, {", ".join(_SOURCES)}, '
+            'rehearsal, or a data set of the Hub, pinned with: --set source=OWNER/NAME'
+            '@COMMIT, a commit of https://huggingface.co/datasets/OWNER/NAME/commits')
     return path
 
 def load_rows(
-    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file
+    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or what `read_rows` takes
+    **options,     # for `read_rows`
 ) -> list[dict]:   # checked rows in their own order
-    "Load the rows of a known `source`, or of a .json, .jsonl or .csv file."
-    return read_rows(_source_path(source))
+    "Load the rows of a known `source`, or of your own."
+    return read_rows(_source_path(source), **options)
 
 # %% ../nbs/00_data.ipynb #de8dd441
 def clean_rows(
@@ -91,6 +95,12 @@ def clean_rows(
     gone = {i for name in drop for i in flags[name]}
     kept = [row for i, row in enumerate(rows) if i not in gone]
     return kept, dict(flags=flags, dropped=sorted(gone))
+
+# %% ../nbs/00_data.ipynb #33a42423
+def _normalize_row(row):
+    "Compose every text to NFC, end lines with a newline, strip the space around it."
+    return {name: unicodedata.normalize('NFC', re.sub('\r\n?', '\n', text)).strip()
+            for name, text in row.items()}
 
 # %% ../nbs/00_data.ipynb #ded74582
 def split_rows(
@@ -121,41 +131,67 @@ def split_rows(
     train = [row for row, key in zip(rows, names) if key not in held]
     return train, [row for row, key in zip(rows, names) if key in held]
 
+# %% ../nbs/00_data.ipynb #0a3bb3ba
+def _reasons(recipe, read, report, taken):
+    "Count why rows are left out, bad ones first: (reason -> count, text)."
+    flagged = {name: set(report['flags'][name]) for name in recipe.drop}
+    dropped = Counter(next(name for name in flagged if i in flagged[name])
+                      for i in report['dropped'])
+    later = Counter({f'after the first {taken:,}': read['kept'] - taken})
+    lost = Counter(read['faults']) + dropped + later
+    return lost, ''.join(f', {n:,} left out ({reason})' for reason, n in lost.items())
+
 # %% ../nbs/00_data.ipynb #c07a2651
 def _prepare_rows(recipe, folder):
+    options, read = dict(fields=recipe.fields, skip_bad_rows=recipe.skip_bad_rows), {}
     with progress(what='rows read, audited, split', total=2) as bar:
-        rows, normalized = load_rows(recipe.source)[:recipe.rows or None], 0
-        for i, row in enumerate(rows if recipe.normalize else ()):
-            if (ready := normalize_row(row)) != row:
-                rows[i], normalized = ready, normalized + 1
+        rows = load_rows(recipe.source, report=read, **options)[:recipe.rows or None]
+        ready = [_normalize_row(row) if recipe.normalize else row for row in rows]
         bar.update()
-        kept, report = clean_rows(rows, recipe.drop)
+        kept, report = clean_rows(ready, recipe.drop)
         bar.update()
+        lost, why = _reasons(recipe, read, report, len(rows))
+        if not kept:
+            raise ValueError(f'{recipe.source} has {read["rows"]:,} rows{why}; none '
+                             'can be trained on: name fewer flags in drop')
         # where near copies were not looked for, none are kept together
         near = recipe.valid_rows and 'near_duplicate' in report['flags']
-        pairs = near_pairs(kept) if near else ()
-        train, valid = split_rows(kept, recipe.valid_rows, recipe.seed, pairs)
+        pairs, held = near_pairs(kept) if near else (), recipe.valid_rows
+        if held % 1: held = min(len(kept) - 1, max(1, round(held * len(kept))))
+        train, valid = split_rows(kept, int(held), recipe.seed, pairs)
     write_jsonl(train, folder/'train.jsonl')
     write_jsonl(valid, folder/'valid.jsonl')
     counts = dict(rows=len(rows), kept=len(kept), reported=len(report['dropped']))
     flags = {name: dict(count=len(where), rows=where)
              for name, where in report['flags'].items()}
-    write_json(counts | dict(normalized=normalized, dropped=report['dropped'],
-                             flags=flags), folder/'audit.json')
-    return counts | dict(train=len(train), valid=len(valid))
+    write_json(counts | dict(
+        normalized=sum(a != b for a, b in zip(rows, ready)), dropped=report['dropped'],
+        left_out=Counter(read['left_out']) + lost, flags=flags), folder/'audit.json')
+    short = f' of {held:,.0f} asked for' if len(valid) < held else ''
+    said = (f'{read["rows"]:,} rows read: {len(train):,} to train on, '
+            f'{len(valid):,} held out{short}{why}')
+    return counts | dict(train=len(train), valid=len(valid),
+                         said=[read['understood'], said])
 
 # %% ../nbs/00_data.ipynb #c48e698e
 def prepare(
-    recipe: Recipe,        # source, rows, valid_rows, drop, normalize, seed
+    recipe: Recipe,        # source, fields, skip_bad_rows, rows, valid_rows, drop...
     run: Path,             # the run folder
     force: bool = False,   # make it again
 ) -> dict:                 # counts: rows, kept, reported, train, valid
     "Write train.jsonl, valid.jsonl and audit.json into `run/data`."
     source = recipe.source   # named in the manifest; a known one is not downloaded here
     origin = dict(source=source, url=None) | (
-        _SOURCES.get(source) or dict(blob=git_blob_id(_source_path(source))))
+        _SOURCES.get(source) or dict(blob=_identity(_source_path(source))))
     def make(folder): return _prepare_rows(recipe, folder) | dict(provenance=origin)
-    return stage(recipe, run, 'data', make, force, origin['blob'])
+    made = stage(recipe, run, 'data', make, force, origin['blob'])
+    for line in made.get('said', ()): print(f'data: {line}')
+    return made
+
+def _identity(path):
+    "Name the version of a file, of a folder, or of a data set of the Hub."
+    if path.is_file(): return git_blob_id(path)
+    return hashlib.sha1(f'{path} {file_hashes(path)}'.encode()).hexdigest()
 
 # %% ../nbs/00_data.ipynb #24451eca
 def rows_to_measure(

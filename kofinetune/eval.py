@@ -219,6 +219,7 @@ def evaluate(
             base=about['name'], base_note=about['note'], models=models,
             differences=_differences(scored, recipe.seed),
             training=stages['adapter']['result'] | dict(stage_seconds=seconds),
+            data=stages['data']['result'].get('said', []),
             **_cases([rows[i] for i in asked], answers, asked))
         _write_rows(rows, asked, scored, answers, folder)
         _write_report(report, read_jsonl(run/'adapter'/'log.jsonl'), folder)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 
-from .formats import parse_json, read_text
+from .tables import parse_json, read_text
 
 # %% ../nbs/recipe.ipynb #851ae96e
 _LORA = dict(    # for peft's LoraConfig, unless the recipe's `lora` says otherwise
@@ -27,10 +27,10 @@ class Recipe:
     # what people change first
     name: str = 'rehearsal'      # of the run; the default run folder is runs/<name>
     base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a Hub name
-    source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or a file
+    source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, your rows
     style: str = 'alpaca'        # blog: always an Input section; alpaca: where needed
     rows: int = 0                # take the first so many rows; 0 takes all
-    valid_rows: int = 250        # rows held out of training
+    valid_rows: float = 0.1      # rows held out of training; below 1: a share of all
     epochs: float = 3.0          # passes over the training rows
     learning_rate: float = 2e-4  # the highest learning rate
     lora_r: int = 16             # rank of the adapter's two matrices
@@ -39,6 +39,8 @@ class Recipe:
     gguf: tuple[str, ...] = ('bf16', 'q8_0')  # files to write; Ollama serves the last
     ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
     # data
+    fields: dict = field(default_factory=dict)   # name of a field -> what it means
+    skip_bad_rows: bool = False  # leave out rows that cannot be used, and count them
     drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags whose rows go
     normalize: bool = True       # compose Hangul to NFC, strip the space around a text
     seed: int = 42               # decides the split, the order, the first weights
@@ -96,14 +98,16 @@ class Recipe:
         return start.replace(**values)
 
     def replace(self, **changes) -> 'Recipe':
-        "Copy the recipe with some fields changed; `lora` and `trainer` gain options."
+        "Copy the recipe with some fields changed; those that are dicts gain keys."
         values = asdict(self)
         if changes.get('base', self.base) != self.base: values['revision'] = ''
+        if changes.get('source', self.source) != self.source and self.valid_rows > 1:
+            values['valid_rows'] = Recipe.valid_rows   # as that was for other rows
         for name, value in changes.items():
             if name not in values:
                 raise ValueError(f'a recipe has no field {name!r}'
                                  f'{nearest(name, values)}; it has {", ".join(values)}')
-            if name in ('lora', 'trainer') and isinstance(value, dict):
+            if name in ('fields', 'lora', 'trainer') and isinstance(value, dict):
                 value = values[name] | value
             values[name] = tuple(value) if isinstance(value, list) else value
         return Recipe(**values)
@@ -145,8 +149,9 @@ def _joint_faults(r):
     if not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name):
         yield (f'name is {r.name!r}; it is no path: a letter or digit first, then '
                'letters, digits, spaces, _.+=,@-; --run says where the run goes')
-    if r.save_steps > 1 and r.save_steps % 1:
-        yield f'save_steps is {r.save_steps}; above 1 it is a whole number of steps'
+    for name, what in (('save_steps', 'steps'), ('valid_rows', 'rows')):
+        if (value := getattr(r, name)) > 1 and value % 1:
+            yield f'{name} is {value}; above 1 it is a whole number of {what}'
     if r.adapter == 'none' and r.quant != 'none':
         yield (f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be "
                'trained; set quant=none')

@@ -154,6 +154,9 @@ def _set_up(recipe, run, folder, **more):
     if recipe.adapter == 'lora': model = add_lora(model, recipe)
     dataset, left_out = encode_rows(read_jsonl(data/'train.jsonl'), tok, recipe)
     held_out, _ = encode_rows(read_jsonl(data/'valid.jsonl'), tok, recipe)
+    if left_out and rank() == 0:
+        print(f'train: {left_out:,} of {len(dataset) + left_out:,} rows left out, '
+              f'longer than max_length, {recipe.max_length} tokens')
     trainer = make_trainer(model, tok, dataset, held_out, recipe, folder, **more)
     trainable = trainer.model.num_parameters(only_trainable=True)
     return trainer, dict(rows=len(dataset), left_out=left_out, dtype=recipe.dtype,

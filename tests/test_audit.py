@@ -9,7 +9,7 @@ from kofinetune.recipe import Recipe
 from kofinetune.runs import write_jsonl
 from kofinetune.audit import DETECTORS, astray_batches, audit
 from kofinetune.data import clean_rows, prepare
-from kofinetune.formats import read_rows, validate_rows
+from kofinetune.formats import read_rows
 
 relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -121,124 +121,6 @@ def test_cleaning_keeps_or_reports_every_row(rows, drop):
 
 
 def test_audit_of_no_rows(): assert all(where == [] for where in audit([]).values())
-
-
-# ---- validation
-
-GOOD = '{"instruction": "가?", "input": "", "output": "나."}'
-BAD_LINES = {   # kind: a line that has it
-    'not JSON': '{"instruction": "가?", "out', 'no object': '[1, 2]', 'output: missing': '{"instruction": "가?"}',
-    'output: not text': '{"instruction": "가?", "output": 3}',
-    'instruction: empty': '{"instruction": " ", "output": "나."}',
-    'output: half': '{"instruction": "가?", "output": "\\ud83d"}',
-}
-
-
-@pytest.mark.parametrize('kind', BAD_LINES)
-def test_fault_is_reported_with_its_line_and_counted(kind, tmp_path):
-    (tmp_path/'a.jsonl').write_text('\n'.join([GOOD, BAD_LINES[kind], GOOD, BAD_LINES[kind]]), encoding='utf-8')
-    kept, report = validate_rows(tmp_path/'a.jsonl')
-    assert (len(kept), report['rows'], report['kept'], report['reported']) == (2, 4, 2, 2)
-    assert report['faults'] == {kind: 2}
-    assert [fault[:6] for fault in report['first']] == ['line 2', 'line 4']
-    with pytest.raises(ValueError, match='a.jsonl line 2.*faults: 2') as error: read_rows(tmp_path/'a.jsonl')
-    assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize('file', ['a.jsonl', 'a.json'])
-def test_a_key_that_is_there_twice_is_refused(file, tmp_path):
-    row = '{"instruction": "가?", "input": "", "output": "나.", "output": "다."}'
-    (tmp_path/file).write_text(row if file == 'a.jsonl' else f'[{row}]', encoding='utf-8')
-    with pytest.raises(ValueError, match="is not JSON: an object has 'output' twice; keep one .*가"): read_rows(tmp_path/file)
-
-
-def test_two_rows_on_one_line_are_one_fault(tmp_path):
-    (tmp_path/'a.jsonl').write_text(f'{GOOD} {GOOD}\n{GOOD}\n', encoding='utf-8')
-    kept, report = validate_rows(tmp_path/'a.jsonl')
-    assert (len(kept), report['faults']) == (1, {'not JSON': 1})
-
-
-def test_twenty_faults_are_shown_and_all_are_counted(tmp_path):
-    (tmp_path/'a.jsonl').write_text('{"instruction": "가?"}\n' * 1000, encoding='utf-8')
-    kept, report = validate_rows(tmp_path/'a.jsonl')
-    assert (kept, len(report['first']), report['faults']) == ([], 20, {'output: missing': 1000})
-
-
-NOTES = {   # what a note says: bytes of a file with it
-    'input is missing': '{"instruction": "가?", "output": "나."}'.encode(),
-    'url is no field': (GOOD[:-1] + ', "url": "https://example.org"}').encode(), 'U+0000': GOOD.replace('나', '나\\u0000').encode(), 'U+FFFD': GOOD.replace('나', '\ufffd').encode(),
-}
-
-
-@pytest.mark.parametrize('note', NOTES)
-def test_odd_row_is_kept_unchanged_and_noted(note, tmp_path):
-    (tmp_path/'a.jsonl').write_bytes(NOTES[note])
-    kept, report = validate_rows(tmp_path/'a.jsonl')
-    assert report['reported'] == 0 and any(note in text for text in report['notes'])
-    first = json.loads(NOTES[note].decode('utf-8-sig').split('\n')[0])
-    assert kept[0] == {name: first.get(name, '') for name in ('instruction', 'input', 'output')}
-
-
-@pytest.mark.parametrize('array', [f'[{GOOD}, {GOOD}', f'[{GOOD}, {GOOD[:30]}', f'[{GOOD} {GOOD}]', f'[{GOOD}, {GOOD}]]', '['])
-def test_array_that_is_cut_off_is_refused_as_a_whole(array, tmp_path):
-    (tmp_path/'a.json').write_text(array, encoding='utf-8')
-    with pytest.raises(ValueError, match=r'a.json is not JSON: .* line 1 column \d+'): validate_rows(tmp_path/'a.json')
-
-
-@pytest.mark.parametrize('name, body, says', [
-    ('a.json', '', 'holds no row'), ('a.jsonl', '\n\n', 'holds no row'), ('a.csv', '', 'holds no row'), ('a.json', '[]', 'holds no row'),
-    ('a.json', '{"a": 1}', 'must be an array'), ('a.json', 'hello', 'is not JSON'), ('a.csv', 'question,answer\n가,나', 'line 1'),
-    ('a.csv', 'instruction,output\n"가,나', 'is not CSV'), ('a.csv', 'instruction,output\n가,나,다', 'Expected 2 fields in line 2, saw 3'),
-    ('a.csv', 'instruction,output\n가\n', "row 0 has no 'output'"), ('a.csv', 'instruction,output,output\n가,나,다', 'each column once'),
-    ('a.txt', GOOD, "ends in '.txt'"), ('a.json', f'[{GOOD}]'.encode('cp949'), 'iconv -f cp949'),
-    ('a.jsonl', GOOD.encode('euc-kr'), 'iconv -f cp949'), ('a.csv', 'instruction,output\n가,나'.encode('cp949'), 'iconv -f cp949'),
-    ('a.json', f'[{GOOD}]'.encode('utf-16'), 'iconv -f utf-16'), ('a.json', '[' * 100_000, 'is not JSON'),
-    ('a.jsonl', '{"instruction": ' + '1' * 5000 + '}', 'is not JSON')])
-def test_file_that_cannot_be_used_is_one_line(name, body, says, tmp_path):
-    (tmp_path/name).write_bytes(body if isinstance(body, bytes) else body.encode())
-    with pytest.raises(ValueError) as error: read_rows(tmp_path/name)
-    assert says in str(error.value) and name in str(error.value) and '\n' not in str(error.value)
-
-
-def test_csv_with_line_breaks_and_a_megabyte(tmp_path):
-    (tmp_path/'a.csv').write_text('instruction,input,output\r\n가?,"나\n다",라\r\n마?,,"' + '바' * 400_000 + '"\r\n', encoding='utf-8-sig',
-                                  newline='')
-    kept, report = validate_rows(tmp_path/'a.csv')
-    assert (kept[0], len(kept[1]['output']), report['reported']) == (ask('가?', '나\n다', '라'), 400_000, 0)
-
-
-# anything that JSON can hold, biased towards rows
-leaf = st.none() | st.booleans() | st.integers(-9, 9) | st.text(st.characters(), max_size=5)
-name = st.sampled_from(['instruction', 'input', 'output', 'kind', 'url'])
-thing = st.dictionaries(name, leaf, max_size=5) | any_row | leaf | st.lists(leaf, max_size=2)
-
-
-@relaxed
-@given(things=st.lists(thing, max_size=12), cut=st.integers(0, 30), array=st.booleans())
-def test_rows_in_are_rows_kept_and_rows_reported(things, cut, array, tmp_path):
-    lines = [json.dumps(value) for value in things]                 # ASCII, so that lone surrogates can be written
-    body = '[' + ',\n'.join(lines) + ']' if array else '\n'.join(lines)
-    whole = len(body) if cut > 20 else max(len(body) - cut, 0)
-    path = tmp_path/('a.json' if array else 'a.jsonl')
-    path.write_text(body[:whole], encoding='utf-8')
-    if array and whole < len(body):                                 # no part of an array is taken
-        if body[:whole]: pytest.raises(ValueError, validate_rows, path)
-        return
-    kept, report = validate_rows(path)
-    assert report['rows'] == report['kept'] + report['reported'] == len(kept) + report['reported']
-    if whole == len(body): assert report['rows'] == len(things)
-    rest = iter(things)                                             # kept rows are input rows, in order, unchanged
-    for row in kept: assert any(isinstance(t, dict) and {'input': ''} | {k: v for k, v in t.items() if k != 'url'} == row for t in rest)
-
-
-@relaxed
-@given(body=st.binary(max_size=200), suffix=st.sampled_from(['.json', '.jsonl', '.csv']))
-def test_any_bytes_end_in_a_report_or_one_line(body, suffix, tmp_path):
-    path = tmp_path/f'a{suffix}'
-    path.write_bytes(body)
-    try: kept, report = validate_rows(path)
-    except ValueError as error: assert 'a' + suffix in str(error) and '\n' not in str(error)
-    else: assert report['rows'] == len(kept) + report['reported']
 
 
 # ---- many rows

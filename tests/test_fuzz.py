@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import write_jsonl
-from kofinetune.formats import _FIELDS, read_rows, validate_rows
+from kofinetune.formats import read_rows, validate_rows
 from kofinetune.server import check_name, read_modelfile
 from kofinetune.export import _modelfile_value, modelfile
 
@@ -57,7 +57,7 @@ def test_any_bytes_are_rows_or_a_reason(data, kind, tmp_path):
     except ValueError as e: assert 'a.' + kind in str(e); return
     assert report['rows'] == len(kept) + report['reported'] and bool(report['first']) == bool(report['reported'])
     for row in kept:
-        assert set(row) <= set(_FIELDS) and row['instruction'].strip()
+        assert set(row) <= {'instruction', 'input', 'output', 'kind'} and row['instruction'].strip()
         for value in row.values(): value.encode()
 
 

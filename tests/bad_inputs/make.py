@@ -1,4 +1,5 @@
 """The files of the cases that text alone cannot make. Each function fills `here`; `base` is the stand-in base, `run` a finished rehearsal."""
+import gzip
 import json
 import shutil
 import struct
@@ -11,7 +12,8 @@ ROW = '{"instruction": "수도는?", "input": "", "output": "서울"}\n'
 def folder_named_like_a_file(here, base, run): (here/'a.jsonl').mkdir()
 def utf16(here, base, run): (here/'a.jsonl').write_bytes(ROW.encode('utf-16'))
 def cp949(here, base, run): (here/'a.jsonl').write_bytes(ROW.encode('cp949'))
-def cp949_csv(here, base, run): (here/'a.csv').write_bytes('instruction,output\n수도는?,서울\n'.encode('cp949'))
+def cp949_csv(here, base, run): (here/'a.csv').write_bytes('물음,대답\n수도는?,서울\n'.encode('cp949'))
+def gzip_cut_short(here, base, run): (here/'a.jsonl.gz').write_bytes(gzip.compress(ROW.encode() * 99)[:40])
 def half_a_character(here, base, run): (here/'a.jsonl').write_bytes(ROW.encode()[:-4] + b'\xec"}\n')
 def deep(here, base, run): (here/'a.json').write_text('[' * 200_000)
 def huge_number(here, base, run): (here/'a.jsonl').write_text('{"instruction": "q", "output": ' + '9' * 5000 + '}\n')
