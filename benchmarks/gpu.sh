@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh pack FOLDER [ROWS [WHEELS]]  here: writes FOLDER/bundle-*, at most 60 MiB each, and says how large they are.
 #                                                  They hold the code, the wheels that such a machine lacks, and the rows.
-#   benchmarks/gpu.sh run FOLDER [SECONDS]         there: installs the wheels, measures until SECONDS (840) are over, and writes
+#   FOLDER/gpu.sh run FOLDER [SECONDS]             there: installs the wheels, measures until SECONDS (840) are over, and writes
 #                                                  $OUT/train_speed_gpu.json after each measurement
 #   benchmarks/gpu.sh dry [FOLDER]                 here: the same with the stand-in and a few rows, on the CPU; the figures mean nothing
 #
@@ -12,8 +12,7 @@
 # and CUDA_THERE (130) name its Python and the CUDA of its torch. Bundles that do not fit into one transfer go into one folder there: `run` joins
 # them. Whoever is lent the machine for less time says so in SECONDS, the time of the command less a margin.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3} work=$(mktemp -d) started=$SECONDS
+root=$(realpath "$(dirname "$0")/..") python=${PYTHON:-python3} work=$(mktemp -d) out=$(realpath -m "${OUT:-.}") rows=rehearsal started=$SECONDS
 trap 'rm -rf "$work"' EXIT
 fail() { echo "gpu.sh: $1" >&2; exit 2; }
 
@@ -34,7 +33,8 @@ pack() {   # folder, rows, wheels
       "${platform[@]}" -d "$wheels" "${named[@]}"
   fi
   for tag in "$wheels"/*.whl; do thin "$tag" "$work/pack/wheels/${tag##*/}"; done
-  git ls-files -co --exclude-standard kofinetune 'benchmarks/*.py' 'benchmarks/*.sh' | tar cf - -T - | tar xf - -C "$work/pack"
+  git -C "$root" ls-files -co --exclude-standard kofinetune 'benchmarks/*.py' 'benchmarks/*.sh' | tar cf - -C "$root" -T - | tar xf - -C "$work/pack"
+  cp "$root/benchmarks/gpu.sh" "$1"
   if [ "$rows" != rehearsal ]; then cp "$rows" "$work/pack/rows.${rows##*.}"; fi
   tar czf - -C "$work/pack" . | split -b "${BUNDLE_BYTES:-60M}" -d -a 2 - "$1/bundle-"
   (cd "$1" && sha256sum bundle-* >sums.txt)
@@ -57,20 +57,19 @@ unpack() {   # folder
   (cd "$1" && sha256sum --quiet -c sums.txt) || fail "a bundle in $1 is missing or not whole; copy all of them there again"
   cat "$1"/bundle-* | tar xzf - -C "$work"
   "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" "$work"/wheels/*.whl
-  export PYTHONPATH=$work:$work/site HF_HUB_OFFLINE=1
-  cd "$work"
-  rows=$(ls rows.* 2>/dev/null || echo rehearsal)
+  export PYTHONPATH=$work/site HF_HUB_OFFLINE=1
+  root=$work
+  if ls "$work"/rows.* >/dev/null 2>&1; then rows=$(echo "$work"/rows.*); fi
 }
 
 measure() {   # further options of train_speed.py
-  "$python" benchmarks/train_speed.py --rows "$rows" --ablations --json "$out/train_speed_gpu.json" "$@" \
+  mkdir -p "$out"
+  PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" "$root/benchmarks/train_speed.py" --rows "$rows" --ablations --json "$out/train_speed_gpu.json" "$@" \
     >"$out/log.txt" 2>"$out/stderr.txt" || { tail -n 20 "$out/stderr.txt" >&2; local failed=1; }
   grep -v '^{' "$out/log.txt"   # all but the JSON
   return ${failed:-0}
 }
 
-out=$(realpath -m "${OUT:-.}") rows=rehearsal
-mkdir -p "$out"
 case ${1:-} in
   pack) pack "${2:?gpu.sh pack needs a folder}" "${@:3}" ;;
   run)

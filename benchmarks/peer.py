@@ -7,7 +7,7 @@ needed in it. FILE has one list of token ids a row, FOLDER the weights as transf
 learning rate and the 16 rows of a step are those of the recipe `best`; the loss is taken over whole rows. The last
 line printed is the JSON.
 
-    unsloth  Unsloth's own backend for CPUs: bf16, its loss in chunks, rows of one length together; it cannot pack there
+    unsloth  Unsloth's own backend for CPUs: its loss in chunks, rows of about one length together; it does not pack there
     trl      TRL as it comes, with peft: packed rows, its fused loss; with --liger also Liger's kernels
 """
 import argparse, importlib.util, json, os, platform, resource, sys, tempfile, time
@@ -20,8 +20,10 @@ LIBRARIES = ('unsloth', 'unsloth_zoo', 'trl', 'liger_kernel', 'peft', 'transform
 def load(args):
     "The model with its adapter, and the tokenizer, as the library's documentation says."
     if args.library == 'unsloth':
-        from unsloth import FastLanguageModel
-        model, tok = FastLanguageModel.from_pretrained(args.model, max_seq_length=512, load_in_4bit=False)
+        from unsloth import FastLanguageModel   # before torch and transformers, which it changes
+        import torch
+        model, tok = FastLanguageModel.from_pretrained(
+            args.model, max_seq_length=512, load_in_4bit=False, dtype=getattr(torch, args.dtype))
         model = FastLanguageModel.get_peft_model(
             model, r=16, lora_alpha=32, lora_dropout=0, target_modules=TARGETS, use_gradient_checkpointing=False)
         return model, tok
@@ -40,7 +42,7 @@ def main():
     parser.add_argument('--rows', required=True, help='a JSON file: a list of token ids for each row')
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--batch', type=int, default=4, help='rows at a time; 16 make a step')
-    parser.add_argument('--dtype', default='bfloat16', choices=('bfloat16', 'float32'), help='of the weights; Unsloth chooses by the processor')
+    parser.add_argument('--dtype', default='bfloat16', choices=('bfloat16', 'float32'), help='of weights and arithmetic')
     parser.add_argument('--order', default='group_by_length', choices=('random', 'group_by_length'))
     parser.add_argument('--liger', action='store_true', help="Liger's kernels for TRL; they need Triton, which has no CPU")
     args = parser.parse_args()

@@ -206,12 +206,14 @@ def summary(found, args, left_out):
     runs, peak = found['runs'], found['peak']
     def rate(name): return max((run['tokens_per_second'] for run in runs.get(name, ())), default=None)
     def ratio(a, b): return a / b if a and b else None
-    def loss(name): return next((run['loss'] for run in runs.get(name + '_same', runs.get(name, ()))), None)
+    def loss(name):   # of the first step on the same rows
+        few = name == 'blog' and args.blog_rows <= SAME_ROWS
+        return next((run['loss'] for run in runs.get(name if few else name + '_same', ())), None)
     def share(name):   # a step with frozen weights is four operations a weight and token: half of them forward
         flops = max((4 * run['parameters'] * run['tokens_per_second'] for run in runs.get(name, ())), default=None)
         return ratio(flops, max(peak.get('flops', {}).values(), default=None))
     best, blog = rate('best'), rate('blog')
-    apart = ratio(loss('best'), loss('blog')) if 'best_same' in runs else None
+    apart = ratio(loss('best'), loss('blog'))
     report = dict(
         blog_tokens_per_second=blog, best_tokens_per_second=best, ratio=ratio(best, blog),
         loss_difference=apart and abs(apart - 1), peak_share=share('best'), blog_peak_share=share('blog'), peak_flops=peak.get('flops'),
@@ -224,7 +226,7 @@ def summary(found, args, left_out):
     if 'blog_fp32' in runs: report |= dict(blog_fp32_tokens_per_second=rate('blog_fp32'), ratio_fp32=ratio(best, rate('blog_fp32')))
     if 'peer' in runs:
         ours, theirs = rate('bf16_lora'), rate('peer')
-        apart = ratio(loss('peer'), loss('bf16_lora')) if 'peer_same' in runs else None
+        apart = ratio(loss('peer'), loss('bf16_lora'))
         report['peer'] = dict(
             peer_tokens_per_second=theirs, our_tokens_per_second=ours, ratio=ratio(ours, theirs), loss_difference=apart and abs(apart - 1),
             versions=runs['peer'][0]['versions'], python=runs['peer'][0]['python'], command=runs['peer'][0]['command'])
@@ -247,11 +249,11 @@ def run_plan(args, cuda):
             if not cuda and name in GPU_ALONE: raise RuntimeError('needs a GPU')
             if args.seconds and time.monotonic() > args.end: raise TimeoutError
             result = one(name, args, count, 10 * (where == 'operators'))
-        except (TimeoutError, subprocess.TimeoutExpired): left_out.append(dict(name=name, where=where, why='the time was up'))
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            why = str(error).strip() or type(error).__name__
-            left_out.append(dict(name=name, where=where, why=why[:300]))
-            print(f'{name:26} left out: {why[:300]}', flush=True)
+        except (RuntimeError, ValueError, NotImplementedError, TimeoutError, subprocess.TimeoutExpired) as error:
+            late = isinstance(error, (TimeoutError, subprocess.TimeoutExpired))
+            why = 'the time was up' if late else ' '.join(str(error).split())[:300] or type(error).__name__
+            left_out.append(dict(name=name, where=where, why=why))
+            print(f'{name:26} left out: {why}', flush=True)
         else:
             if where == 'peak': found['peak'] = result
             elif where == 'runs': found['runs'].setdefault(name, []).append(result)
