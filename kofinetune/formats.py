@@ -71,8 +71,8 @@ def _check_text(name, text):
 def normalize_row(
     row: dict,
 ) -> dict:  # the same fields
-    "Compose every text to NFC and strip the white space around it."
-    return {name: unicodedata.normalize('NFC', text).strip()
+    "Compose every text to NFC, end its lines in \\n alone, strip the space around it."
+    return {name: re.sub('\r\n?', '\n', unicodedata.normalize('NFC', text)).strip()
             for name, text in row.items()}
 
 # %% ../nbs/formats.ipynb #db3ef9a6
