@@ -102,6 +102,34 @@ def _normalize_row(row):
     return {name: unicodedata.normalize('NFC', re.sub('\r\n?', '\n', text)).strip()
             for name, text in row.items()}
 
+# %% ../nbs/00_data.ipynb #2875c320
+def _classes(rows, most):
+    "Name each row's class: its answer, if that many rows have it, or else its kind."
+    full = [(row.get('kind', ''), row['output'].strip()) for row in rows]
+    often = Counter(full)
+    return [name if often[name] * most >= len(rows) else name[:1] for name in full]
+
+def _draw(names, classes, most):
+    "Choose groups of `most` rows; each class alone, where a share is 5 points off."
+    sizes, held, goal = Counter(names), set(), 0
+    def take(keys, room):
+        for key in sorted(set(keys) - held):
+            if sizes[key] <= room:
+                held.add(key)
+                room -= sizes[key]
+    take(names, most)
+    counts = Counter(classes)
+    seen = Counter(one for one, key in zip(classes, names) if key in held)
+    off = (abs(counts[one] * most / len(names) - seen[one]) for one in counts)
+    if max(off, default=0) < .05 * most: return held
+    held.clear()
+    for one in sorted(counts):
+        goal += counts[one] * most / len(names)
+        own = {key for this, key in zip(classes, names) if this == one}
+        take(own, round(goal) - sum(sizes[key] for key in held))
+    take(names, most - sum(sizes[key] for key in held))
+    return held
+
 # %% ../nbs/00_data.ipynb #ded74582
 def split_rows(
     rows: list[dict],   # checked rows
@@ -109,7 +137,7 @@ def split_rows(
     seed: int = 0,      # another seed, another draw
     pairs: list[tuple[int, int]] = (),  # rows that must stay together (`near_pairs`)
 ) -> tuple[list[dict], list[dict]]:     # training and held-out rows, in file order
-    "Hold out `valid_rows` rows, in whole groups, chosen by a hash of the question."
+    "Hold out `valid_rows` rows, whole groups, by a hash; of few answers a share each."
     if not 0 <= valid_rows < max(len(rows), 1):
         raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies '
                          f'from 0 to {len(rows) - 1}')
@@ -123,11 +151,7 @@ def split_rows(
         first, second = sorted((name(keys[i]), name(keys[j])))
         if first < second: group[second] = first
     names = [name(key) for key in keys]
-    held, left = set(), valid_rows
-    for key, copies in sorted(Counter(names).items()):
-        if copies <= left:
-            held.add(key)
-            left -= copies
+    held = _draw(names, _classes(rows, valid_rows), valid_rows)
     train = [row for row, key in zip(rows, names) if key not in held]
     return train, [row for row, key in zip(rows, names) if key in held]
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from kofinetune import runs
 from kofinetune.audit import near_pairs
+from kofinetune.formats import normalize_row
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, stage
 from kofinetune.data import _fetch, git_blob_id, prepare, split_rows
@@ -140,6 +141,41 @@ def test_split_loses_nothing_and_never_shares_a_question(rows, seed, share):
     assert len(valid) <= int(len(rows) * share)
     question = lambda r: (r['instruction'], r['input'])
     assert not set(map(question, train)) & set(map(question, valid))
+
+
+LABELS = {'긍정': 500, '부정': 330, '중립': 170}
+
+
+@pytest.mark.parametrize('field', ['output', 'kind'])
+@pytest.mark.parametrize('seed', range(6))
+def test_held_out_rows_have_the_class_shares_of_the_file(field, seed):
+    rows = [dict(instruction='나누세요.', input=f'{label} {i % (n // 2)}번 글', output=f'{i}번의 답', kind='') | {field: label}
+            for label, n in LABELS.items() for i in range(n)]      # each question is there twice, so groups are of two
+    pairs = near_pairs(rows)
+    for most in (100, 60, 40):
+        train, valid = split_rows(rows, most, seed, pairs)
+        assert len(valid) == most and split_rows(rows[::-1], most, seed)[1] == valid[::-1]
+        assert all(abs(sum(row[field] == label for row in valid) / most - n / 1000) <= .05 for label, n in LABELS.items())
+        assert not {row['input'] for row in train} & {row['input'] for row in valid}
+    assert valid != split_rows(rows, most, seed + 1)[1]
+
+
+def test_a_split_that_is_skewed_by_long_rows_is_set_right():
+    "Many short copies and few long rows: the hash alone would hold out the wrong shares."
+    rows = [dict(instruction='나누세요.', input=f'{label}{i}', output=label) for label, n in (('가', 150), ('나', 100), ('다', 50)) for i in range(n)]
+    for seed in range(30):
+        held = [row['output'] for row in split_rows(rows, 60, seed)[1]]
+        assert all(abs(held.count(label) - n) <= 3 for label, n in (('가', 30), ('나', 20), ('다', 10)))
+
+
+@pytest.mark.parametrize('count', range(13))
+def test_small_files_are_split(count):
+    rows = [dict(instruction=f'{i}번?', input='', output='참' if i % 3 else '거짓') for i in range(count)]
+    for most in range(max(count, 1)): assert [len(part) for part in split_rows(rows, most)] == [count - most, most]
+
+
+def test_line_ends_of_windows_become_one_character():
+    assert normalize_row(dict(output='가\r\n나\r다\n라 ')) == dict(output='가\n나\n다\n라')
 
 
 def test_manifest_says_where_the_rows_came_from(tmp_path):
