@@ -30,9 +30,8 @@ SETTINGS = {   # changes to `best` without NF4, which is the first setting
 def rows_of(name, path):
     "The rows that a setting trains on, and the held-out rows, which are the same for all."
     from kofinetune.data import clean_rows, load_rows, split_rows
-    from kofinetune.formats import normalize_row
     from kofinetune.recipe import Recipe
-    rows = [normalize_row(row) for row in load_rows(str(path))]
+    rows = load_rows(str(path))
     kept, _ = clean_rows(rows, Recipe.named('best').drop)
     train, held_out = split_rows(kept, HELD_OUT, 42)
     if name == 'every_row':

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from kofinetune import runs
 from kofinetune.audit import near_pairs
-from kofinetune.formats import normalize_row
+from kofinetune.data import _normalize_row
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, stage
 from kofinetune.data import _fetch, git_blob_id, prepare, split_rows
@@ -175,7 +175,7 @@ def test_small_files_are_split(count):
 
 
 def test_line_ends_of_windows_become_one_character():
-    assert normalize_row(dict(output='가\r\n나\r다\n라 ')) == dict(output='가\n나\n다\n라')
+    assert _normalize_row(dict(output='가\r\n나\r다\n라 ')) == dict(output='가\n나\n다\n라')
 
 
 def test_manifest_says_where_the_rows_came_from(tmp_path):
