@@ -258,7 +258,7 @@ DETECTORS = _by_flag(   # of single rows
     code_switching)
 _OF_FILES = _by_flag(_exact_duplicate, _length_outlier)
 _OF_SMALL_FILES = _by_flag(_near_duplicate, _astray_batch)
-_SMALL = 100_000   # rows; near_pairs holds 16 KB for each
+_SMALL = 100_000   # rows; near_pairs holds 11 KB for each
 
 def audit(
     rows: list[dict],       # checked rows
