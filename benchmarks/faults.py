@@ -206,7 +206,7 @@ def full_disk(bench, command, chance):
         pages = lambda folder: sum(-(-path.stat().st_size // 4096) for path in folder.rglob('*') if path.is_file())
         room = int(chance.uniform(.1, .9) * pages(bench.whole/FOLDERS[command]))
         remount(f'size={4096 * (pages(bench.run) + room)}')
-        def surprise(): base.check_room = lambda *asked: None     # training asks for room first: here the disk fills later
+        def surprise(): base.check_base = lambda *asked: None     # training asks for room first: here the disk fills later
         job = bench.start(command, before=[surprise])
         job.wait()
         remount('size=256m')

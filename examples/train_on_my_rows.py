@@ -12,23 +12,29 @@ import argparse
 from pathlib import Path
 
 from kofinetune import Recipe, finetune, generate, load_tuned, prepare
-from kofinetune.data import rows_to_measure
 from kofinetune.base import load_base
+from kofinetune.data import rows_to_measure
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('rows', type=Path)
 parser.add_argument('run', type=Path)
 parser.add_argument('--recipe', default='rehearsal')
 parser.add_argument('--epochs', type=float, default=4)
-args = parser.parse_args()
 
-recipe = Recipe.named(args.recipe).replace(name=args.run.name, source=str(args.rows), epochs=args.epochs, valid_rows=.1)
-counts = prepare(recipe, args.run)
-metrics = finetune(recipe, args.run)
-print(f'{counts["train"]} rows trained on, {counts["valid"]} held out, {metrics["train_runtime"]:.0f} s; {args.run}/adapter')
 
-(row, *_), held_out = rows_to_measure(args.run)    # a row that was trained on, where none could be held out
-print('asked: ' if held_out else 'asked (trained on): ', row['instruction'], row['input'])
-print('wanted:', row['output'])
-for name, (model, tok) in (('base', load_base(recipe, quant='none')), ('tuned', load_tuned(recipe, args.run))):
-    print(f'{name + ":":7}', generate(model, tok, [row], recipe.style, recipe.max_new_tokens)[0]['answer'])
+def train(args):
+    recipe = Recipe.named(args.recipe).replace(name=args.run.name, source=str(args.rows), epochs=args.epochs, valid_rows=.1)
+    counts = prepare(recipe, args.run)
+    metrics = finetune(recipe, args.run)
+    print(f'{counts["train"]} rows trained on, {counts["valid"]} held out, {metrics["train_runtime"]:.0f} s; {args.run}/adapter')
+    (row, *_), held_out = rows_to_measure(args.run)    # a row that was trained on, where none could be held out
+    print('asked: ' if held_out else 'asked (trained on): ', row['instruction'], row['input'])
+    print('wanted:', row['output'])
+    for name, (model, tok) in (('base', load_base(recipe, quant='none')), ('tuned', load_tuned(recipe, args.run))):
+        print(f'{name + ":":7}', generate(model, tok, [row], recipe.style, recipe.max_new_tokens)[0]['answer'])
+
+
+if __name__ == '__main__':
+    args = parser.parse_args()
+    try: train(args)
+    except (OSError, RuntimeError, ValueError) as e: raise SystemExit(f'{parser.prog}: {" ".join(str(e).split())}') from None

@@ -77,15 +77,16 @@ def _add_stage(made):
 def _run_all(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET,
              force: bool = _FORCE):
     "Every stage in order, skipping the finished ones, and a table at the end."
-    from kofinetune.base import check_room
+    from kofinetune.base import check_base
     from kofinetune.server import check_name
     from kofinetune.train import check_options
     chosen, where = _resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')
     if force or 'adapter' not in read_manifest(where)['stages']:
-        check_room(chosen, where)
+        check_base(chosen, where)
     check_options(chosen)
     for number, made in enumerate(STAGES.values(), 1):
+        if made.command == 'export' and 'none' in chosen.gguf: continue
         typer.echo(f'[{number}/{len(STAGES)}] {made.command}')
         resolve_name(made.function)(chosen, where, force=force)
     _show(where)
@@ -108,16 +109,17 @@ def _summarize(run):
     "Print some answers, what changed, and the lines to type next."
     from kofinetune.report import headline
     stages = read_manifest(run)['stages']
-    report, made = stages['eval']['result'], stages['ollama']['result']
+    report = stages['eval']['result']
     names = ('question', 'base', 'tuned', 'wanted')
     texts = [[textwrap.shorten(row[name], 80) for name in names]
              for row in report['examples'][-5:]]   # drawn by the seed
     _print_table('Five questions, none of them picked', names, texts)
-    rows = read_jsonl(run/'eval'/'answers.jsonl')
-    name = made['name'].removesuffix(':latest')
-    question = next((row for row in rows if not row['input']), rows[0])['instruction']
     typer.echo(f'{headline(report)}\n{report["base_note"]}\n'
                f'Report:   {run}/eval/report.md')
+    if not (exported := stages.get('ollama')): return
+    rows, made = read_jsonl(run/'eval'/'answers.jsonl'), exported['result']
+    name = made['name'].removesuffix(':latest')
+    question = next((row for row in rows if not row['input']), rows[0])['instruction']
     if not made['registered']:
         typer.echo(f'Register: ollama create {name} -f {run}/ollama/Modelfile')
     typer.echo(f'Ask it:   ollama run {name} {shlex.quote(question)}')
@@ -149,11 +151,11 @@ def _show(run: Path = _FINISHED):
 @_app.command('estimate')
 def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET):
     "Tokens, steps, memory and time of the training, before spending them."
-    from kofinetune.base import check_room
+    from kofinetune.base import check_base
     from kofinetune.data import prepare
     from kofinetune.train import estimate
     chosen, where = _resolve(recipe, run, settings)
-    check_room(chosen, where)
+    check_base(chosen, where)
     with tempfile.TemporaryDirectory() as folder:   # no run folder is left behind
         prepare(chosen, folder)
         counts = estimate(chosen, Path(folder))

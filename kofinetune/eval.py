@@ -122,7 +122,8 @@ def _measure_all(recipe, run, rows, asked):
     config = json.loads((need(run, 'merged')/'config.json').read_text(encoding='utf-8'))
     same = 'gguf-bf16' if config['dtype'] == 'bfloat16' else ''   # as the export proved
     models, scored, answers = {}, {}, {}
-    for name in ('base', 'tuned', 'merged', *(f'gguf-{kind}' for kind in recipe.gguf)):
+    files = [f'gguf-{kind}' for kind in recipe.gguf if kind != 'none']
+    for name in ('base', 'tuned', 'merged', *files):
         if name == same: made = scored['merged'], answers['merged']
         else: made = _measure(name, recipe, run, rows, asked)
         scored[name], answers[name] = made

@@ -19,33 +19,60 @@ from .scoring import answer_states
 from .train import load_tuned
 
 # %% ../nbs/02_merge.ipynb #17f7aa66
-def merge_into(
-    base,           # a model with ordinary weights, in float32; it is changed
-    adapter: Path,  # a folder that `finetune` wrote
-):                  # the same model with the adapter added to its weights
-    "Add the adapter's product to the weights of `base`. ValueError if it does not fit."
+def _read_adapter(base, adapter):
+    "Put an adapter beside `base` as peft does. ValueError where it does not fit."
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
-    adapter, weights = Path(adapter), Path(adapter)/'adapter_model.safetensors'
-    for file in (adapter/'adapter_config.json', weights):
-        if not file.is_file():
+    for file in (adapter/'adapter_config.json', adapter/'adapter_model.safetensors'):
+        if not file.is_file():   # what peft reads instead is a pickle
             raise FileNotFoundError(f'{file} is missing; run: kofinetune train --force')
-    try: model = PeftModel.from_pretrained(base, adapter)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as e:
+    try:
+        model = PeftModel.from_pretrained(base, adapter)
+        with safe_open(file, 'pt') as f: held = set(f.keys())
+        taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except (KeyError, RuntimeError, TypeError, ValueError, SafetensorError) as e:
         raise ValueError(_misfit(adapter, str(e))) from None
-    with safe_open(weights, 'pt') as f: held = set(f.keys())
-    taken = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    held = {key for key in held if not key.endswith('.base_layer.weight')}   # copies
     for key in sorted(held ^ taken):
         where = 'nowhere in the base' if key in held else 'not in the adapter'
         raise ValueError(_misfit(adapter, f'it holds {len(held)} matrices and the base '
                                           f'takes {len(taken)}; {key} is {where}'))
-    return model.merge_and_unload()
+    return model
 
 def _misfit(adapter, why):
     "Say in one line why an adapter does not fit, and what to do."
     why = next((line for line in why.splitlines() if 'size mismatch' in line), why)
     return (f'{adapter} does not fit the base, or is damaged: {" ".join(why.split())}; '
             'use the base and the rank that its adapter_config.json names')
+
+# %% ../nbs/02_merge.ipynb #12c41eaf
+def merge_into(
+    base,           # a model with ordinary weights, in float32; it is changed
+    adapter: Path,  # a folder that `finetune`, or peft, wrote
+):                  # the same model with the adapter added to its weights
+    "Merge an adapter into `base`. ValueError where the result would be another model."
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    model = _read_adapter(base, Path(adapter))
+    untie = (ends[0].weight is ends[1].weight
+             and ends != (base.get_input_embeddings(), base.get_output_embeddings()))
+    try:
+        live = _some_logits(model)
+        if untie: ends[1].weight = torch.nn.Parameter(ends[1].weight.detach().clone())
+        merged = model.merge_and_unload()
+        gap = (_some_logits(merged) - live).abs().max().item()
+        if not gap < 1e-3: raise ValueError(f'the result is {gap:.2g} nats off')
+    except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f'{adapter} cannot be merged: {" ".join(str(e).split())}; '
+                         'train one that peft can merge, as plain LoRA') from None
+    entry, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if untie and torch.allclose(head.weight, entry.weight, rtol=0, atol=1e-6):
+        head.weight, merged.config.tie_word_embeddings = entry.weight, True
+    return merged
+
+def _some_logits(model):
+    "Log-probabilities after tokens from the whole vocabulary."
+    ids = torch.linspace(0, model.config.vocab_size - 1, 24, device=model.device).long()
+    with torch.no_grad(): return model(ids[None]).logits.log_softmax(-1)
 
 # %% ../nbs/02_merge.ipynb #b39d186c
 def _through_nf4(base):
@@ -149,9 +176,9 @@ def _write_way(way, recipe, run, folder, rows, kept):
     free_memory()
     again, tok = load_base(recipe, 'none', path=folder)
     mine = _keep_states(again, tok, rows, recipe.style, recipe.max_length)
-    head = mine['head']   # the live one too: TRL refuses to train an adapter of it
+    head = mine['head']   # the live one too, unless that is kept
     if way == 'copy': head = load_tuned(recipe, run)[0].get_output_embeddings()
-    return _compare(kept | dict(head=head), mine)
+    return _compare(dict(head=head) | kept, mine)
 
 # %% ../nbs/02_merge.ipynb #c8a9a21d
 def merge_adapter(
@@ -165,7 +192,8 @@ def merge_adapter(
         settled = settle_dtype(recipe, run)
         live, tok = load_tuned(settled, run)
         kept = _keep_states(live, tok, rows, recipe.style, recipe.max_length)
-        del live, kept['head']   # the head holds on to the whole model
+        if type(kept['head']) is torch.nn.Linear: del kept['head']   # holds the model
+        del live
         free_memory()
         tried = ['16-bit', 'nf4']
         if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']

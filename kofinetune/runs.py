@@ -224,13 +224,14 @@ def stage_inputs(
 ) -> dict:             # recipe: fields that decide it; upstream: hashes of files
     "Say what `name` is made of. Raises where a stage before it is not whole, or other."
     before = list(STAGES)[:list(STAGES).index(name)]
+    fields = ' '.join(STAGES[one].fields for one in [*before, name]).split()
+    if 'none' in recipe.gguf: before = [one for one in before if one != 'ollama']
     for one in reversed(before):
         if (name, one) != ('ollama', 'adapter'): need(run, one)
     stages, upstream = read_manifest(run)['stages'], {'source': source}
     for one in before[-2 if name == 'eval' else -1:]:
         upstream[one] = dict(stages[one]['files'])
         upstream[one].pop('verify.json', None)   # every later proof writes it again
-    fields = ' '.join(STAGES[one].fields for one in [*before, name]).split()
     chosen = {field: getattr(recipe, field) for field in fields}
     inputs = json.loads(json.dumps(dict(recipe=chosen, upstream=upstream)))
     for one in filter(stages.get, before):

@@ -38,7 +38,8 @@ def speed_up(
         AttentionInterface.register('by_row', _attend_by_row)
         model.set_attn_implementation('by_row')
     head = model.get_output_embeddings()
-    plain = not (head.weight.requires_grad or model.config.final_logit_softcapping)
+    capped = getattr(model.config, 'final_logit_softcapping', None)
+    plain = not (head.weight.requires_grad or capped)
     if type(head).__name__ == 'Linear' and head.bias is None and plain:
         model.forward = _scoring_forward(model, head)
 

@@ -7,13 +7,13 @@ __all__ = ['encode', 'add_lora', 'encode_rows', 'make_trainer', 'check_options',
            'load_tuned']
 
 # %% ../nbs/01_qlora_train.ipynb #6f4af92b
-import logging, math, os, platform, random, shutil, tempfile
+import json, logging, math, os, platform, random, shutil, tempfile
 from pathlib import Path
 
 import torch
 from .prompt import format_answer, format_prompt
 from .recipe import Recipe
-from .base import (about_base, base_path, load_base, peak_memory, pick_device,
+from .base import (about_base, load_base, peak_memory, pick_device,
                              settle_dtype)
 # it misses a kernel that is not used here
 logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)
@@ -42,14 +42,18 @@ def add_lora(
     model,           # what `load_base` returns
     recipe: Recipe,  # lora_r, lora, seed, dequantize
 ):                   # a PeftModel; only the adapter's weights are trainable
-    "Put a trainable pair beside every target matrix. ValueError where none matches."
+    "Put a trainable pair beside every target matrix. ValueError where that fails."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
     set_seed(recipe.seed)
     if recipe.dequantize and getattr(model, 'is_quantized', False):
         model = model.dequantize()
     config = LoraConfig(task_type='CAUSAL_LM', **recipe.lora_options())
+    head = model.get_output_embeddings()
     tuned = get_peft_model(model, config)
+    if getattr(tuned.get_output_embeddings(), 'base_layer', None) is head:
+        raise ValueError('lora.target_modules has lm_head, tied to embed_tokens: '
+                         'TRL trains it only by lora.modules_to_save=["lm_head"]')
     if config.trainable_token_indices:   # TRL asks for a bias; peft's wrapper has none
         tuned.get_output_embeddings().bias = None
     return tuned
@@ -225,10 +229,11 @@ def finetune(
 # %% ../nbs/01_qlora_train.ipynb #2a202b9e
 def _name_base(folder, recipe):
     "Write the base's name in place of the path that peft noted."
-    path, name = base_path(recipe.base), about_base(recipe.base)['name']
-    for file in (folder/'adapter_config.json', folder/'README.md'):
-        text = file.read_text(encoding='utf-8').replace(path, name)
-        file.write_text(text, encoding='utf-8', newline='\n')
+    file, name = folder/'adapter_config.json', about_base(recipe.base)['name']
+    noted = json.loads(file.read_bytes()) | dict(base_model_name_or_path=name)
+    write_json(noted, file)
+    card = f'---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\n---\n'
+    (folder/'README.md').write_text(card, encoding='utf-8', newline='\n')
 
 # %% ../nbs/01_qlora_train.ipynb #25161661
 def plot_loss(

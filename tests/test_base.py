@@ -198,7 +198,7 @@ def test_a_spoilt_part_is_refused_before_it_is_read(small, tmp_path, cache, monk
 
 def test_without_the_extra_the_other_ways_are_named(cache, monkeypatch, tmp_path):
     monkeypatch.setitem(base._PACKAGED['gemma-3-270m-q4'], 'package', 'no-such-package')
-    for ask in (lambda: base.base_path('gemma-3-270m-q4'), lambda: base.check_room(Recipe.named('laptop'), tmp_path/'run')):
+    for ask in (lambda: base.base_path('gemma-3-270m-q4'), lambda: base.check_base(Recipe.named('laptop'), tmp_path/'run')):
         with pytest.raises(FileNotFoundError) as e: ask()
         for way in ('pip install "kofinetune[gemma]"', 'base=FILE.gguf', 'google/gemma-3-270m', '--recipe rehearsal'): assert way in str(e.value)
 
@@ -207,12 +207,12 @@ def test_without_the_extra_the_other_ways_are_named(cache, monkeypatch, tmp_path
 def test_too_little_room_is_said_before_anything_is_made(tmp_path, monkeypatch, adapter, said):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=3_000_000))
-    with pytest.raises(RuntimeError, match=said): base.check_room(Recipe(adapter=adapter, quant='none'), tmp_path/'run')
+    with pytest.raises(RuntimeError, match=said): base.check_base(Recipe(adapter=adapter, quant='none'), tmp_path/'run')
     assert not (tmp_path/'run').exists()
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=40_000_000))      # 1.5 MB of weights
-    if adapter == 'lora': base.check_room(Recipe(adapter=adapter, quant='none'), tmp_path/'run')
+    if adapter == 'lora': base.check_base(Recipe(adapter=adapter, quant='none'), tmp_path/'run')
     else:
-        with pytest.raises(RuntimeError, match=said): base.check_room(Recipe(adapter=adapter, quant='none'), tmp_path/'run')
+        with pytest.raises(RuntimeError, match=said): base.check_base(Recipe(adapter=adapter, quant='none'), tmp_path/'run')
 
 
 def test_a_run_without_room_stops_at_once(tmp_path):
