@@ -178,12 +178,8 @@ def _pair_vectors(texts):
     columns = [column[pair] for found in pairs for pair in found]
     ends = np.cumsum([0, *map(len, pairs)])
     vectors = csr_array((weights, columns, ends), shape=(len(texts), len(seen)))
-    lengths = np.sqrt(_likeness(vectors, vectors))
+    lengths = np.sqrt(vectors.multiply(vectors).sum(1))
     return (vectors / np.where(lengths, lengths, 1)[:, None]).tocsr()
-
-def _likeness(a, b):
-    "Multiply rows of `_pair_vectors`: 0 where they share nothing, 1 where all."
-    return a.multiply(b).sum(1)
 
 # %% ../nbs/audit.ipynb #e7e35def
 _BATCH = 10   # answers that were made at a time
@@ -192,7 +188,7 @@ def _stray_gaps(answers, own):
     "Measure how much more an answer is like those around it than like its question."
     count = len(own)
     near = np.zeros((_BATCH, count))   # near[d, i]: likeness of answers i and i + d
-    for d in range(1, _BATCH): near[d, :-d] = _likeness(answers[:-d], answers[d:])
+    for d in range(1, _BATCH): near[d, :-d] = answers[:-d].multiply(answers[d:]).sum(1)
     start, gaps = np.arange(count - _BATCH + 1), []
     for p in range(_BATCH):
         others = [near[abs(q - p)][start + min(p, q)] for q in range(_BATCH) if q != p]
@@ -218,7 +214,7 @@ def astray_batches(
     texts = [f'{row["instruction"]}\n{row["input"]}' for row in rows]
     vectors = _pair_vectors(texts + [row['output'] for row in rows])
     asked, answers = vectors[:len(rows)], vectors[len(rows):]
-    own, taken, found = _likeness(asked, answers), set(), []
+    own, taken, found = asked.multiply(answers).sum(1), set(), []
     order = random.Random(0).sample(range(len(rows)), len(rows))
     shuffled = _stray_gaps(answers[order], own[order])
     gaps = _stray_gaps(answers, own)

@@ -212,9 +212,8 @@ def verify_run(
     result = read_manifest(run)['stages']['ollama']['result'] | dict(failed=[])
     name, server = result['name'], server_version()
     there = server and _served_differences(name, folder) is not None
-    asked = 100 if everything else 40
     if not there or everything:
-        result |= _prove_files(recipe, run, folder, name, asked)
+        result |= _prove_files(recipe, run, folder, name, 100 if everything else 40)
     if there:   # the export has proved the same bytes
         served = _prove_served(recipe, run, name, everything)
         result |= served | dict(failed=result['failed'] + served['failed'])

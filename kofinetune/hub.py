@@ -77,7 +77,6 @@ def push_run(
         api.create_commit(repo, pieces, commit_message=f'{what} of a kofinetune run')
     except (httpx2.HTTPError, OSError, RuntimeError) as e:
         why = ' '.join((str(e) or repr(e)).partition('\n')[0].split())
-        raise RuntimeError(f'{repo} was not pushed ({why}); check the owner and your '
-                           'token (hf auth login), and run the same command again'
-                           ) from None
+        raise RuntimeError(f'{repo} was not pushed ({why}); check owner and token (hf '
+                           'auth login), and run the same command again') from None
     return f'{api.endpoint}/{repo}'

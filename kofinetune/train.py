@@ -230,8 +230,7 @@ def finetune(
 def _name_base(folder, recipe):
     "Write the base's name in place of the path that peft noted."
     file, name = folder/'adapter_config.json', about_base(recipe.base)['name']
-    noted = json.loads(file.read_bytes()) | dict(base_model_name_or_path=name)
-    write_json(noted, file)
+    write_json(json.loads(file.read_bytes()) | dict(base_model_name_or_path=name), file)
     card = f'---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\n---\n'
     (folder/'README.md').write_text(card, encoding='utf-8', newline='\n')
 
