@@ -29,8 +29,7 @@ def _files(run, what):
     folder, record = need(run, name), read_manifest(run)['stages'][name]
     files = {file: folder/file for file in record['files'] if file.startswith(begins)}
     if not files:
-        raise ValueError(f'{run} trained every weight and has no adapter; '
-                         'push it with --what merged')
+        raise ValueError(f'{run} trained every weight; push it with --what merged')
     return files
 
 # %% ../nbs/hub.ipynb #4647d0e1

@@ -207,7 +207,7 @@ REFUSALS = {'a token that the Hub does not know': (dict(HF_TOKEN='hf_wrong'), No
             'no token': (dict(HF_TOKEN=''), None, 'hf auth login'),
             'a token that may not make a repository': ({}, ('/api/repos/create', 403), 'hf auth login'),
             'a token that may not commit': ({}, ('/api/models/me/model/commit', 403), 'hf auth login'),
-            'no such owner': ({}, ('/api/repos/create', 404), 'check the owner'),
+            'no such owner': ({}, ('/api/repos/create', 404), 'check owner'),
             'offline': (dict(HF_HUB_OFFLINE='1'), None, 'HF_HUB_OFFLINE'),
             'no network': (dict(HF_ENDPOINT='http://127.0.0.1:9'), None, 'run the same command again')}
 
