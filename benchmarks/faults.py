@@ -23,7 +23,8 @@ FOLDERS = {made.command: name for name, made in MADE.items()}
 STAGES = tuple(FOLDERS)
 SMALL = {'rows': 44, 'valid_rows': 6, 'epochs': 1.0, 'max_length': 64, 'grad_accum': 2, 'save_steps': 2, 'lora_r': 4,
          'lora.lora_dropout': .1, 'max_new_tokens': 8, 'gguf': 'q8_0'}
-GEMMA = {'rows': 240, 'valid_rows': 20, 'epochs': 1.0, 'save_steps': .25, 'gguf': 'q8_0'}   # of the recipe laptop
+GEMMA = {'rows': 240, 'valid_rows': 20, 'epochs': 1.0, 'save_steps': .25, 'gguf': 'q8_0',   # of the recipe laptop
+         'dtype': 'fp32'}   # auto would measure again in every run that begins anew, and a busy machine may answer otherwise
 TIMES = ('runtime', 'per_second', 'peak_memory_bytes')   # how the keys end that no two trainings share
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
