@@ -340,9 +340,9 @@ def test_another_family_is_evaluated_in_a_run_without_files(tmp_path, monkeypatc
 
 
 BEST = Recipe.named('best').revision
-REVISIONS = {'of another base': (dict(base='google/gemma-3-270m-it', revision=BEST), 'belongs to google/gemma-3-270m; set revision to one of .*-it/commits'),
-             'of a folder': (dict(base='FOLDER', revision='0' * 40), 'is not of that base, .* set revision empty'),
-             'of the stand-in': (dict(base='rehearsal', revision=BEST), 'belongs to google/gemma-3-270m; set revision empty'),
+REVISIONS = {'of another base': (dict(base='google/gemma-3-270m-it', revision=BEST), 'belongs to google/gemma-3-270m; set it to one of .*-it/commits'),
+             'of a folder': (dict(base='FOLDER', revision='0' * 40), 'is not of that base, .* set it empty'),
+             'of the stand-in': (dict(base='rehearsal', revision=BEST), 'belongs to google/gemma-3-270m; set it empty'),
              'a branch': (dict(base='google/gemma-3-270m', revision='main'), 'is no commit'),
              'too short': (dict(base='google/gemma-3-270m', revision=BEST[:12]), 'is no commit'),
              'none': (dict(base='google/gemma-3-270m-it'), 'is no commit'),

@@ -134,7 +134,7 @@ def test_the_lines_of_its_docstring_need_no_revision(tmp_path, rows):
         said = refused('export_any_adapter.py', tmp_path/'adapter', rows, tmp_path/'out', *more)
         assert 'could not be loaded' in said and 'hf auth login' in said
     adapter(tmp_path/'it', named='google/gemma-3-270m-it')
-    assert 'set revision to one of' in refused('export_any_adapter.py', tmp_path/'it', rows, tmp_path/'out')
+    assert 'set it to one of' in refused('export_any_adapter.py', tmp_path/'it', rows, tmp_path/'out')
     assert 'hf auth login' in refused('export_any_adapter.py', tmp_path/'it', rows, tmp_path/'out', '--revision', '0' * 40)
 
 
