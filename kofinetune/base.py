@@ -252,8 +252,8 @@ def _check_revision(recipe):
     elif on_hub and not re.fullmatch('[0-9a-f]{40}', revision):
         why = f'is no commit, and what that names can change; {base} is no folder here'
     elif revision and not on_hub: why = 'is not of that base, which is not on the Hub'
-    fix = f'it to one of https://huggingface.co/{base}/commits' if on_hub else 'it empty'
-    if why: raise ValueError(f'base {base!r}: revision {revision!r} {why}; set {fix}')
+    fix = f'to one of https://huggingface.co/{base}/commits' if on_hub else 'empty'
+    if why: raise ValueError(f'base {base!r}: {revision=} {why}; set it {fix}')
 
 # %% ../nbs/base.ipynb #5ee7f379
 def check_base(

@@ -215,7 +215,7 @@ def prepare(
 def _identity(path):
     "Name the version of a file, of a folder, or of a data set of the Hub."
     if path.is_file(): return git_blob_id(path)
-    return hashlib.sha1(f'{path} {file_hashes(path)}'.encode()).hexdigest()
+    return hashlib.sha256(f'{path} {file_hashes(path)}'.encode()).hexdigest()
 
 # %% ../nbs/00_data.ipynb #24451eca
 def rows_to_measure(
