@@ -6,10 +6,10 @@ import ast, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = dict(module_lines=3600, largest_module=300, public_names=120, unused_names=0, private_imports=0,
+LIMITS = dict(module_lines=3600, with_later_modules=4113, largest_module=300, public_names=120, unused_names=0, private_imports=0,
               largest_lesson_cells=80, longest_exported_cell=30, long_lines=0)
 # what they keep to: 3,600 lines, 400 a module, 120 names, none unused, none private, 80 cells, 30 lines, none over 88 characters
-LATER = ('speed', 'formats', 'tables')   # came after the 3,600 lines, as modules of their own: `largest_module` holds them, `module_lines` does not
+LATER = ('speed', 'formats', 'tables')   # came or grew after the 3,600 lines, as modules of their own; `with_later_modules` counts them too
 LESSONS = ('00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval')
 
 
@@ -55,7 +55,7 @@ def measure():
     # a picture's description is one line, whatever its length; exported cells are counted here too
     wide = {name: sum(len(line) > 88 and not line.startswith('#| fig-alt') for cell in cells(path) for line in cell.splitlines())
             for name, path in notebooks.items()}
-    numbers = dict(module_lines=sum(n for name, n in lines.items() if name not in LATER), largest_module=max(lines.values()), public_names=sum(map(len, names.values())),
+    numbers = dict(module_lines=sum(n for name, n in lines.items() if name not in LATER), with_later_modules=sum(lines.values()), largest_module=max(lines.values()), public_names=sum(map(len, names.values())),
                    unused_names=len(unused), private_imports=len(private), largest_lesson_cells=max(lesson_cells.values()),
                    longest_exported_cell=max(longest.values()), long_lines=sum(wide.values()))
     details = dict(module_lines=lines, lesson_cells=lesson_cells, longest_exported_cell=longest, long_lines=wide, unused_names=unused,

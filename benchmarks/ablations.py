@@ -62,9 +62,9 @@ def measure(name, path):
         else: trained, (model, tok) = {}, load_base(settle_dtype(recipe, run))
         began = time.monotonic()
         scores = answer_nll(model, tok, held_out, recipe.style, recipe.max_length)
-    said = {key: trained[key] for key in ('rows', 'num_tokens', 'train_runtime', 'train_loss', 'trainable_parameters', 'peak_memory_bytes') if key in trained}
-    return dict(name=name, changes=changes, **said, scoring_seconds=round(time.monotonic() - began, 1), **summarize(scores, 0),
-                scores=[s and [round(s['nll'], 4), s['tokens'], s['bytes']] for s in scores])
+    said = {key: trained[key] for key in ('num_tokens', 'train_runtime', 'train_loss', 'trainable_parameters', 'peak_memory_bytes') if key in trained}
+    return dict(name=name, changes=changes, trained_rows=trained.get('rows', 0), scoring_seconds=round(time.monotonic() - began, 1),
+                scores=[s and [round(s['nll'], 4), s['tokens'], s['bytes']] for s in scores]) | said | summarize(scores, 0)
 
 
 def differences(results):

@@ -56,10 +56,10 @@ def merge_into(
     untie = (ends[0].weight is ends[1].weight
              and ends != (base.get_input_embeddings(), base.get_output_embeddings()))
     try:
-        live = _some_logits(model)
+        live = _some_log_probs(model)
         if untie: ends[1].weight = torch.nn.Parameter(ends[1].weight.detach().clone())
         merged = model.merge_and_unload()
-        gap = (_some_logits(merged) - live).abs().max().item()
+        gap = (_some_log_probs(merged) - live).abs().max().item()
         if not gap < 1e-3: raise ValueError(f'the result is {gap:.2g} nats off')
     except (AttributeError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'{adapter} cannot be merged: {" ".join(str(e).split())}; '
@@ -69,7 +69,7 @@ def merge_into(
         head.weight, merged.config.tie_word_embeddings = entry.weight, True
     return merged
 
-def _some_logits(model):
+def _some_log_probs(model):
     "Log-probabilities after tokens from the whole vocabulary."
     ids = torch.linspace(0, model.config.vocab_size - 1, 24, device=model.device).long()
     with torch.no_grad(): return model(ids[None]).logits.log_softmax(-1)
