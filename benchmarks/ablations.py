@@ -2,9 +2,10 @@
 
     python benchmarks/ablations.py --rows ko_alpaca_data.json --json benchmarks/results/ablations.json [--only nf4 learning_rate_5e-4 ...]
 
-Every setting trains on 2,000 rows once (two epochs: on half of them twice) in a process of its own, alone on the machine, and is scored on the same
-500 audited held-out rows. What the result file already holds is not trained again, so a run that was cut off goes on where it was. Differences are
-paired with the first setting, their intervals are 95 %. About ten minutes a setting on two cores. The last line printed is the JSON that is written.
+Every setting trains on 2,000 rows once (two epochs: on half of them twice) in a process of its own, in fp32 whatever the processor is, and is scored
+on the same 500 audited held-out rows. What the result file already holds is not trained again, so a run that was cut off goes on where it was.
+Differences are paired with the first setting, their intervals are 95 %. About ten minutes a setting on two cores. The last line printed is the JSON that
+is written.
 """
 import argparse, json, os, platform, subprocess, sys, tempfile, time
 from importlib.metadata import version
@@ -49,7 +50,7 @@ def measure(name, path):
     from kofinetune.stats import summarize
     from kofinetune.train import finetune, load_tuned
     train, held_out = rows_of(name, path)
-    changes = dict(epochs=1.0, quant='none') | SETTINGS.get(name, {})
+    changes = dict(epochs=1.0, quant='none', dtype='fp32') | SETTINGS.get(name, {})
     if name == 'base_nf4': changes['quant'] = 'nf4'
     with tempfile.TemporaryDirectory() as folder:
         run, source = Path(folder)/'run', Path(folder)/'rows.jsonl'

@@ -54,14 +54,17 @@ def main():
     with open(args.rows, encoding='utf-8') as file: rows = json.load(file)
     packing = args.library == 'trl'
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            folder, num_train_epochs=1, max_length=512, packing=packing, per_device_train_batch_size=args.batch,
+        settings = dict(
+            output_dir=folder, num_train_epochs=1, max_length=512, packing=packing, per_device_train_batch_size=args.batch,
             gradient_accumulation_steps=16 // args.batch, learning_rate=2e-4, lr_scheduler_type='cosine',
             warmup_steps=0, weight_decay=0.0, optim='adamw_torch_fused', bf16=args.dtype == 'bfloat16', use_cpu=True,
             gradient_checkpointing=False, logging_steps=1, report_to='none', save_strategy='no', disable_tqdm=True,
             train_sampling_strategy=args.order, use_liger_kernel=args.liger, seed=42)
-        trainer = SFTTrainer(model=model, args=config, processing_class=tok,
-                             train_dataset=Dataset.from_list([dict(input_ids=ids) for ids in rows]))
+        def start(rows, **more):
+            return SFTTrainer(model=model, args=SFTConfig(**settings | more), processing_class=tok,
+                              train_dataset=Dataset.from_list([dict(input_ids=ids) for ids in rows]))
+        start(rows[:16], learning_rate=0.0).train()   # memory is taken; the weights stay as they are
+        trainer = start(rows)
         begin = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - begin

@@ -75,7 +75,6 @@ def settings(name, model, cuda):
         kind, changes = 'blog', dict(dtype='fp32' if name == 'blog_fp32' else 'bf16')
         more = dict(gradient_checkpointing=True)   # what TRL does where the post says nothing
     else: kind, changes, more = 'best', {}, {}
-    if kind == 'best' and not cuda: changes = dict(batch_size=1, grad_accum=16) | changes   # the same step, less memory
     if 'torch_compile' in more and not cuda: more = more | dict(torch_compile_backend='eager')   # Inductor takes minutes there
     whole = dict(base=str(model), revision='', loss='whole', style='blog', epochs=1.0, trainer=dict(warmup_steps=0.0))
     return Recipe.named(kind).replace(**whole).replace(**changes), dict(more)
@@ -100,12 +99,15 @@ def measure(name, model, rows, threads, top=0):
     more |= dict(logging_steps=1, disable_tqdm=True, logging_strategy='steps')
     with tempfile.TemporaryDirectory() as folder:
         start = lambda data, **m: make_trainer(loaded, tok, data, [], recipe, Path(folder), **more | m)
-        if cuda:   # kernels are compiled, memory is taken; the weights stay as they are
-            start(dataset.select(range(min(len(dataset), 512))), learning_rate=0.0).train()
+        # kernels are compiled, memory is taken; the weights stay as they are
+        some = 512 if cuda else 32 if recipe.packing else 4
+        start(dataset.select(range(min(len(dataset), some))), learning_rate=0.0).train()
         trainer = start(dataset)
-        if name.startswith('blog') and not cuda:   # the post had TRL's last layer and PyTorch's attention
-            trainer.model.get_base_model().set_attn_implementation('sdpa')
-            add_fused_lm_head(trainer.model.get_base_model(), outputs=('log_probs', 'entropy', 'is_top1'))
+        if name.startswith('blog') and not cuda:   # the post had TRL's last layer, PyTorch's attention and peft's own adapters
+            base = trainer.model.get_base_model()
+            for layer in base.modules(): vars(layer).pop('forward', None)
+            base.set_attn_implementation('sdpa')
+            add_fused_lm_head(base, outputs=('log_probs', 'entropy', 'is_top1'))
         watch = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) if top else None
         if watch: watch.__enter__()
         begin = time.perf_counter()

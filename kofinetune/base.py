@@ -128,13 +128,14 @@ def pick_device(
 
 @lru_cache
 def _auto_dtype():
-    "Choose bf16 where the GPU has it, or where this CPU is clearly faster with it."
+    "Choose bf16 where the GPU has it (not emulated), or this CPU is faster with it."
     def seconds(dtype):   # of a product of Gemma's size
         x, weight = torch.ones(256, 640).to(dtype), torch.ones(640, 2048).to(dtype)
-        return min(timeit.repeat(lambda: x @ weight, repeat=8, number=1))
-    if torch.cuda.is_available():
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: faster = 1.25 * seconds(torch.bfloat16) < seconds(torch.float32)
+        return min(timeit.repeat(lambda: x @ weight, repeat=4, number=1))
+    if torch.cuda.is_available(): faster = torch.cuda.is_bf16_supported(False)
+    else:   # in turns, for others may run too
+        turns = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(8)]
+        faster = sum(bf16 < .8 * fp32 for bf16, fp32 in turns) > 4
     return 'bf16' if faster else 'fp32'
 
 # %% ../nbs/base.ipynb #d697690a
@@ -154,14 +155,19 @@ def load_tokenizer(
     recipe: Recipe,  # base and revision
 ):
     "Load the tokenizer of the recipe's base."
-    from transformers import AutoTokenizer
-    folder = Path(base_path(recipe.base))   # without a file, transformers makes one up
-    if folder.is_dir() and not (folder/'tokenizer.json').is_file():
+    file = Path(base_path(recipe.base))/'tokenizer.json'
+    if file.parent.is_dir() and not file.is_file():   # transformers would make one up
         raise FileNotFoundError(f'base {recipe.base!r} has no tokenizer; copy tokenizer'
-                                f'.json and tokenizer_config.json into {folder}')
-    tok = _from_hub(AutoTokenizer, recipe)
+                                f'.json and tokenizer_config.json into {file.parent}')
+    changed = file.is_file() and file.stat().st_mtime_ns
+    return _tokenizer(recipe.base, recipe.revision, changed)
+
+@lru_cache(2)   # a run asks a dozen times, and Gemma's takes seconds
+def _tokenizer(base, revision, changed):
+    from transformers import AutoTokenizer
+    tok = _from_hub(AutoTokenizer, Recipe(base=base, revision=revision))
     if tok.eos_token is None:
-        raise ValueError(f'base {recipe.base!r} has a tokenizer without eos_token, and '
+        raise ValueError(f'base {base!r} has a tokenizer without eos_token, and '
                          'no answer could end; name it in tokenizer_config.json')
     tok.pad_token = tok.pad_token or tok.eos_token
     return tok
@@ -263,7 +269,6 @@ def check_base(
     "Raise where there is no base, or no room, or where it could not be exported."
     weights = Path(base_path(recipe.base)).glob('*.safetensors')
     size = sum(path.stat().st_size for path in weights)   # 0: only the Hub knows
-    # checkpoints, two ways of merging, two GGUF files; an optimizer for every weight
     needed = size * (4 if recipe.adapter == 'lora' else 21) + 20_000_000
     place = next(p for p in Path(run).absolute().parents if p.is_dir())
     if (free := shutil.disk_usage(place).free) < needed:

@@ -158,10 +158,9 @@ def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SE
     check_base(chosen, where)
     with tempfile.TemporaryDirectory() as folder:   # no run folder is left behind
         prepare(chosen, folder)
-        counts = estimate(chosen, Path(folder))
-    for key, value in counts.items():
-        shown = value if isinstance(value, str) else f'{value:,}'
-        typer.echo(f'{key:>22}  {shown}')
+        for key, value in estimate(chosen, Path(folder)).items():
+            shown = value if isinstance(value, str) else f'{value:,}'
+            typer.echo(f'{key:>22}  {shown}')
 
 @_app.command('ask')
 def _ask(run: Path = _FINISHED,
@@ -268,5 +267,4 @@ def main():
     try: _app(prog_name='kofinetune')
     except Exception as error: _explain(error)
 
-# python -m kofinetune.cli; a notebook has no __file__
-if __name__ == '__main__' and '__file__' in globals(): main()
+if __name__ == '__main__' and '__file__' in globals(): main()   # not in a notebook

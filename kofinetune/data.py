@@ -178,8 +178,7 @@ def _prepare_rows(recipe, folder):
         if not kept:
             raise ValueError(f'{recipe.source} has {read["rows"]:,} rows{why}; none '
                              'can be trained on: name fewer flags in drop')
-        # where near copies were not looked for, none are kept together
-        near = recipe.valid_rows and 'near_duplicate' in report['flags']
+        near = recipe.valid_rows and 'near_duplicate' in report['flags']   # looked for
         pairs, held = near_pairs(kept) if near else (), recipe.valid_rows
         if held % 1: held = min(len(kept) - 1, max(1, round(held * len(kept))))
         train, valid = split_rows(kept, int(held), recipe.seed, pairs)

@@ -127,11 +127,12 @@ def _write_files(recipe, run, folder, name):
     return dict(name=name, served_file=served, files=made, registered=False)
 
 # %% ../nbs/03_ollama_export.ipynb #2a50463a
-def _prove_files(recipe, run, folder, name, asked=40):
+def _prove_files(recipe, run, folder, name, everything=False):
     "Prove every GGUF file on llama.cpp; say what the served one showed."
     rows, proofs, failed = rows_to_measure(run, 100, fill=True)[0], {}, []
+    asked, step = (100, 1) if everything else (30, 10)
     prompts = [format_prompt(row, recipe.style)
-               for row in [*rows, *difficult_rows(), *load_rows('rehearsal')]]
+               for row in rows + difficult_rows() + load_rows('rehearsal')[::step]]
     for dtype in recipe.gguf:
         path = folder/f'model-{dtype}.gguf'
         file = check_gguf(run/'merged', path, dtype, name)
@@ -151,7 +152,7 @@ def _prove_served(recipe, run, name, everything=False):
     rows = rows_to_measure(run, 100 if everything else 20, fill=True)[0]
     texts = rows + hard + (load_rows('rehearsal') if everything else [])
     if not everything:   # 2,000 letters take a large model a minute
-        hard = [row for row in hard if len(row['instruction'] + row['input']) < 500]
+        hard = [r for r in hard if not r['input'] and len(r['instruction']) < 500]
     differs = _served_differences(name, folder)
     proof = verify_ollama(name, run/'merged', rows + hard, len(rows), recipe.gguf[-1],
                           recipe.style, texts)
@@ -213,7 +214,7 @@ def verify_run(
     name, server = result['name'], server_version()
     there = server and _served_differences(name, folder) is not None
     if not there or everything:
-        result |= _prove_files(recipe, run, folder, name, 100 if everything else 40)
+        result |= _prove_files(recipe, run, folder, name, everything)
     if there:   # the export has proved the same bytes
         served = _prove_served(recipe, run, name, everything)
         result |= served | dict(failed=result['failed'] + served['failed'])

@@ -17,8 +17,7 @@ from .export import licences
 from .report import render_page
 
 # %% ../nbs/hub.ipynb #264ddd4d
-# what is published: its stage, how its files begin
-_WHAT = dict(merged=('merged', ''), adapter=('adapter', 'adapter_'),
+_WHAT = dict(merged=('merged', ''), adapter=('adapter', 'adapter_'),   # stage, files
              gguf=('ollama', ('model-', 'Modelfile')))
 
 def _files(run, what):

@@ -188,16 +188,16 @@ def merge_adapter(
 ) -> dict:                # what `compare_models` says of the way; merge, why, ways, ...
     "Write `run/merged`: one model, the way that measures better, with its tokenizer."
     def make(folder):
-        rows, held_out = rows_to_measure(run, 250)   # at most
+        tried = ['16-bit', 'nf4']
+        if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
+        if recipe.adapter == 'none': tried = ['copy']
+        rows, held_out = rows_to_measure(run, 250 if len(tried) > 1 else 100)
         settled = settle_dtype(recipe, run)
         live, tok = load_tuned(settled, run)
         kept = _keep_states(live, tok, rows, recipe.style, recipe.max_length)
         if type(kept['head']) is torch.nn.Linear: del kept['head']   # holds the model
         del live
         free_memory()
-        tried = ['16-bit', 'nf4']
-        if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
-        if recipe.adapter == 'none': tried = ['copy']
         ways = {way: _write_way(way, settled, run, folder/way, rows, kept)
                 for way in tried}
         chosen, why = _choose_way(ways, recipe.merge, held_out)

@@ -15,8 +15,7 @@ from .prompt import format_answer, format_prompt
 from .recipe import Recipe
 from .base import (about_base, load_base, peak_memory, pick_device,
                              settle_dtype)
-# it misses a kernel that is not used here
-logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)
+logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)   # a kernel
 
 # %% ../nbs/01_qlora_train.ipynb #fc063f88
 def encode(

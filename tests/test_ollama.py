@@ -218,7 +218,7 @@ def test_verify_proves_what_is_served_now(run, tmp_path, monkeypatch, capsys):
         client.create(NAME, from_=NAME, template=POST)
         code, out, said = verified(copy, monkeypatch, capsys)
         assert code == 1 and 'its template is not that of' in out and 'prompts are rendered differently' in out and 'Traceback' not in out
-        assert said['served']['different'] == ['template'] and said['text']['different'] == 78 and said['tokens']['different'] == 76
+        assert said['served']['different'] == ['template'] and said['text']['different'] == 78 and said['tokens']['different'] == 48
         assert said['failed'][0] in out
     finally: create_model(NAME, run/'ollama')
 

@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_adapter_bytes(tmp_path):
 @pytest.mark.parametrize('packing', [True, False])
 def test_the_faster_step_has_the_loss_and_the_gradient_of_trls_own(tok, tmp_path, packing, window):
     recipe = Recipe.named('rehearsal').replace(packing=packing, batch_size=2 if packing else 8, quant='none')
-    dataset, _ = encode_rows(load_rows('rehearsal')[:16], tok, recipe)
+    dataset, _ = encode_rows(load_rows('rehearsal')[:128], tok, recipe)   # in bf16 the loss of a few rows is off by more than 1e-3 either way
     def outcome(fast, dtype=torch.float32):
         model = add_lora(load_base(recipe, dtype=dtype)[0], recipe)
         generator = torch.Generator().manual_seed(0)
@@ -106,10 +106,14 @@ def test_the_faster_step_has_the_loss_and_the_gradient_of_trls_own(tok, tmp_path
         for layer in base.model.layers:
             if layer.self_attn.is_sliding: layer.self_attn.sliding_window = window
         assert base.config._attn_implementation == 'by_row' and base.forward.__code__.co_filename.endswith('kofinetune/speed.py')
+        changed = [m for m in base.modules() if type(m).__name__ in ('Gemma3RMSNorm', 'Linear') and 'forward' in vars(m)]
+        assert len(changed) == 13 * base.config.num_hidden_layers + 1   # adapted matrices; norms
         if not fast:
+            for m in changed: del m.forward
             base.set_attn_implementation('sdpa')
             trl.trainer.utils.add_fused_lm_head(base, outputs=('log_probs', 'entropy', 'is_top1'))
-        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        losses = [trainer.compute_loss(trainer.model, batch) for batch in trainer.get_train_dataloader()]
+        loss = sum(losses) / len(losses)
         loss.backward()
         return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), dict(trainer._metrics['train'])
     (loss, gradient, metrics), (ours, our_gradient, our_metrics) = outcome(False), outcome(True)
