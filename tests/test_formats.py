@@ -355,7 +355,8 @@ def test_the_command_maps_fields_and_skips_bad_rows(tmp_path, monkeypatch, capsy
 
 def test_the_report_says_what_happened_to_the_rows():
     report = json.loads((ROOT/'docs'/'laptop-report.json').read_text(encoding='utf-8'))
-    assert '- Rows: ' not in render_page('report.md.jinja', report=report)       # of a run made before this was recorded
+    before = {key: value for key, value in report.items() if key != 'data'}       # of a run made before this was recorded
+    assert '- Rows: ' not in render_page('report.md.jinja', report=before)
     told = report | dict(data=['messages: 5 rows', '5 rows read: 4 to train on, 1 held out'], training=report['training'] | dict(left_out=2))
     assert ('- Rows: messages: 5 rows; 5 rows read: 4 to train on, 1 held out, 2 of those to train on left out (longer than max_length).\n'
             in render_page('report.md.jinja', report=told))
