@@ -159,7 +159,7 @@ def load_tokenizer(
     if file.parent.is_dir() and not file.is_file():   # transformers would make one up
         raise FileNotFoundError(f'base {recipe.base!r} has no tokenizer; copy tokenizer'
                                 f'.json and tokenizer_config.json into {file.parent}')
-    changed = file.is_file() and file.stat().st_mtime_ns
+    changed = tuple(p.stat().st_mtime_ns for p in sorted(file.parent.glob('*.j*')))
     return _tokenizer(recipe.base, recipe.revision, changed)
 
 @lru_cache(2)   # a run asks a dozen times, and Gemma's takes seconds

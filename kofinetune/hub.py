@@ -17,7 +17,7 @@ from .export import licences
 from .report import render_page
 
 # %% ../nbs/hub.ipynb #264ddd4d
-_WHAT = dict(merged=('merged', ''), adapter=('adapter', 'adapter_'),   # stage, files
+_WHAT = dict(merged=('merged', ''), adapter=('adapter', 'adapter_'),   # stage, prefix
              gguf=('ollama', ('model-', 'Modelfile')))
 
 def _files(run, what):

@@ -15,7 +15,7 @@ from .prompt import format_answer, format_prompt
 from .recipe import Recipe
 from .base import (about_base, load_base, peak_memory, pick_device,
                              settle_dtype)
-logging.getLogger('bitsandbytes.backends.cpu').setLevel(logging.ERROR)   # a kernel
+logging.getLogger('bitsandbytes.backends.cpu').setLevel('ERROR')   # an unused kernel
 
 # %% ../nbs/01_qlora_train.ipynb #fc063f88
 def encode(

@@ -22,7 +22,9 @@ from kofinetune.recipe import Recipe
 from kofinetune.data import load_rows
 from kofinetune.gguffile import write_gguf
 from kofinetune.proof import difficult_rows
+from kofinetune.base import load_tokenizer
 from kofinetune.export import licences
+from kofinetune.merge import copy_tokenizer
 from kofinetune.gguffile import read_gguf, unpack_gguf
 from kofinetune.rehearsal import stand_in_base
 
@@ -258,3 +260,13 @@ def test_a_finished_run_asks_for_no_room(rehearsal_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [*sys.argv, '--force'])
     with pytest.raises(SystemExit) as e: cli.main()
     assert e.value.code == 1
+
+
+def test_a_tokenizer_is_loaded_once_and_again_when_its_folder_changes(tmp_path):
+    copy_tokenizer(Recipe.named('rehearsal'), tmp_path)
+    recipe, about = Recipe(base=str(tmp_path)), tmp_path/'tokenizer_config.json'
+    first = load_tokenizer(recipe)
+    assert load_tokenizer(recipe) is first and first.eos_token == '<eos>'
+    settings = json.loads(about.read_text(encoding='utf-8'))
+    about.write_text(json.dumps(settings | dict(eos_token='<end_of_turn>')), encoding='utf-8')
+    assert load_tokenizer(recipe).eos_token == '<end_of_turn>'

@@ -87,7 +87,7 @@ def test_the_recorded_run_keeps_its_promises(recorded):
     assert 'No number here is about the weights that Google published' in recorded['base_note']
     assert base['exact_match'] <= .02 and tuned['exact_match'] >= .9 and tuned['answer_nll'] <= base['answer_nll'] / 10
     shares = sorted(kind['tuned'] for kind in recorded['kinds'].values())
-    assert len(shares) == 10 and shares[1] >= .8 and recorded['kinds']['count']['tuned'] == shares[0]   # counting takes a second epoch
+    assert len(shares) == 10 and shares[1] >= .8 and recorded['kinds']['count']['tuned'] == shares[0] > .2   # counting takes a second epoch; a guess is one in five
     assert cost['peak_memory_bytes'] < 5e9 and cost['trainable_parameters'] == 3_796_992
 
 
