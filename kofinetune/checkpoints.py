@@ -116,7 +116,8 @@ def train_on(
     log = trainer.state.log_history[:-1]   # the last sums up this process alone
     logged = [e for e in log if 'loss' in e]   # means since the entry before
     end, weights = logged[-1], np.diff([0] + [e['step'] for e in logged])
-    rows, tokens = len(trainer.train_dataset) * end['epoch'], int(end['num_tokens'])
+    rows = len(trainer.train_dataset) * end['epoch']
+    tokens = round(sum(map(len, trainer.train_dataset['input_ids'])) * end['epoch'])
     return log, dict(
         train_runtime=round(seconds, 4), epoch=end['epoch'], steps=end['step'],
         train_samples_per_second=round(rows / seconds, 3),

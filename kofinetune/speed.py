@@ -14,7 +14,10 @@ def _attend_by_row(module, query, key, value, mask, scaling=None, dropout=0.,
     "Attend within each packed row. Shapes as transformers has them; `mask` is None."
     import torch
     from torch.nn.functional import scaled_dot_product_attention as attend
-    sizes = query.shape[2] if cu_seq_lens_q is None else cu_seq_lens_q.diff().tolist()
+    sizes, pads = [query.shape[2]], 0
+    if cu_seq_lens_q is not None: sizes = cu_seq_lens_q.diff().tolist()
+    while sizes and sizes[-1] == 1: pads += sizes.pop()   # rows to TRL
+    if pads: sizes.append(pads)
     heads = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(heads, 1) for x in (key, value))
     made = []

@@ -124,6 +124,8 @@ def make_trainer(
     from trl import SFTConfig, SFTTrainer
     os.environ['TENSORBOARD_LOGGING_DIR'] = str(folder.parent/'tensorboard')
     settings = _settings(recipe, len(held_out) > 0) | recipe.trainer_options() | more
+    if settings['bf16'] and settings['use_cpu'] and settings['packing']:
+        settings.setdefault('pad_to_multiple_of', 64)   # a kernel is kept for each length
     trainer = SFTTrainer(
         model=model, args=SFTConfig(str(folder), **settings), processing_class=tok,
         train_dataset=dataset, eval_dataset=_drawn(held_out, dataset, recipe) or None)

@@ -54,6 +54,16 @@ def test_train_on_my_rows(tmp_path, rehearsal_run):
     assert Recipe.load(tmp_path/'mine'/'recipe.json').source == str(tmp_path/'my.jsonl')
 
 
+def test_tune_on_from_a_merged_model(tmp_path, rehearsal_run):
+    "What is called the base is the model that was merged: it answers as the first run's tuned model does."
+    known = [row for row in read_jsonl(rehearsal_run/'eval'/'answers.jsonl') if row['tuned'] == row['output'] != row['base']]
+    write_jsonl([{key: row[key] for key in ('instruction', 'input', 'output')} for row in known[:40]], tmp_path/'more.jsonl')
+    said = run('train_on_my_rows.py', tmp_path/'more.jsonl', tmp_path/'two', '--base', rehearsal_run/'merged', '--epochs', '.2')
+    held = read_jsonl(tmp_path/'two'/'data'/'valid.jsonl')[0]
+    before = re.search(r'^base: +(.*)', said, re.M)[1]
+    assert before == held['output'] and Recipe.load(tmp_path/'two'/'recipe.json').base == str(rehearsal_run/'merged')
+
+
 @pytest.mark.parametrize('count', [1, 2, 9])
 def test_train_on_a_few_rows(count, tmp_path, rehearsal_run):
     rows = [{key: row[key] for key in ('instruction', 'input', 'output')} for row in load_rows('rehearsal')[:count]]

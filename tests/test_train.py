@@ -6,6 +6,7 @@ import trl.trainer.utils
 
 from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
+from kofinetune.runs import read_jsonl
 from kofinetune.data import load_rows, prepare
 from kofinetune.base import load_base, load_tokenizer
 from kofinetune.train import _drawn, add_lora, encode, encode_rows, finetune, make_trainer
@@ -124,6 +125,36 @@ def test_the_faster_step_has_the_loss_and_the_gradient_of_trls_own(tok, tmp_path
     assert abs(ours - loss) < 1e-3 * loss
     far, near = ((g - gradient).norm() / gradient.norm() for g in (their_gradient, our_gradient))
     assert near < 1.5 * far < .05   # of the gradient in fp32: about as far as the plain way in bf16
+
+
+def test_padding_changes_neither_loss_nor_gradient(tok, tmp_path):
+    recipe = Recipe.named('rehearsal').replace(batch_size=3, quant='none')
+    dataset, _ = encode_rows(load_rows('rehearsal')[:64], tok, recipe)
+    def outcome(pad):
+        model = add_lora(load_base(recipe)[0], recipe)
+        generator = torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            if 'lora_B' in name: p.data.copy_(torch.empty(p.shape).normal_(0, .02, generator=generator))
+        trainer = make_trainer(model, tok, dataset, [], recipe, tmp_path, pad_to_multiple_of=pad)
+        batches = list(trainer.get_train_dataloader())
+        loss = sum(trainer.compute_loss(trainer.model, batch) for batch in batches) / len(batches)
+        loss.backward()
+        lengths = [batch['input_ids'].shape[1] for batch in batches]
+        return lengths, loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    (plain, loss, gradient), (padded, padded_loss, padded_gradient) = outcome(None), outcome(64)
+    assert any(n % 64 for n in plain) and padded == [-(-n // 64) * 64 for n in plain]
+    assert abs(padded_loss - loss) < 1e-5 * loss and (padded_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_in_bf16_batches_have_few_lengths_and_padding_is_no_token(tok, tmp_path):
+    "oneDNN keeps a kernel for each length. What TRL counts in its log has the padding in it; the result has not."
+    recipe = Recipe.named('rehearsal').replace(rows=300, valid_rows=20, epochs=2.0, dtype='bf16', batch_size=2, max_length=128)
+    prepare(recipe, tmp_path/'run')
+    metrics = finetune(recipe, tmp_path/'run')
+    dataset, left_out = encode_rows(read_jsonl(tmp_path/'run'/'data'/'train.jsonl'), tok, recipe)
+    assert left_out == 0 and metrics['num_tokens'] == 2 * sum(map(len, dataset['input_ids']))
+    counted = max(e.get('num_tokens', 0) for e in read_jsonl(tmp_path/'run'/'adapter'/'log.jsonl'))
+    assert metrics['num_tokens'] < counted <= 1.5 * metrics['num_tokens'] and counted % 64 == 0
 
 
 def test_measuring_between_two_steps_changes_neither_loss_nor_gradient(tok):

@@ -1,0 +1,97 @@
+"""What each type of file costs a tuned Gemma 3 270M: size, held-out loss, repetition and speed.
+
+    OLLAMA_HOST=127.0.0.1:11434 python benchmarks/quantization.py --run runs/best --json benchmarks/results/quantization.json
+
+bf16 and q8_0 are the run's own files; Ollama makes q4_K_M of the bf16 one. The loss is that of the file's weights in transformers, in fp32, on the
+first --rows held-out rows; differences are paired with bf16 and have 95 % intervals. `parts` says what q8_0 costs where it reaches one part of the
+model alone. Answers are the likeliest tokens, by llama.cpp. Needs a running Ollama of this machine. The last line printed is the JSON that is written.
+"""
+import argparse, json, os, platform, shutil, tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import gguf
+import torch
+
+from answers import complete, opened
+from export_ladder import engine_speed, served_file, speed
+from kofinetune.base import load_tokenizer
+from kofinetune.eval import describe_answers
+from kofinetune.gguffile import load_gguf
+from kofinetune.korean import known_nouns
+from kofinetune.prompt import format_prompt
+from kofinetune.proof import serve_gguf
+from kofinetune.runs import read_jsonl, write_json
+from kofinetune.scoring import answer_nll
+from kofinetune.server import create_model, server_version
+from kofinetune.stats import paired_difference, summarize
+
+PARTS = dict(embedding=lambda name: 'embed' in name, attention=lambda name: 'self_attn' in name, feed_forward=lambda name: 'mlp' in name)
+
+
+def rounded(model, chosen):
+    "Round the matrices that `chosen` names as q8_0 does, in place."
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and chosen(name):
+            kind = gguf.GGMLQuantizationType.Q8_0
+            for part in weight.data.split(8192): part.copy_(torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(part.numpy(), kind), kind)))
+    return model
+
+
+def compared(scores, first):
+    "A file's loss, and how far it is from that of bf16."
+    return dict(answer_nll=summarize(scores)['answer_nll']) | paired_difference(
+        *([s for s, t in zip(side, other) if s and t] for side, other in ((first, scores), (scores, first))))
+
+
+def measure(run, rows_taken, answers, names):
+    "Every file of a run, and every part of its model, on held-out rows."
+    recipe, bf16, stops = opened(run)
+    files = dict(bf16=bf16, q8_0=bf16.with_name('model-q8_0.gguf'), q4_K_M=served_file(names['q4_K_M']))
+    tok, rows = load_tokenizer(recipe), read_jsonl(run/'data'/'valid.jsonl')[:rows_taken]
+    nouns = known_nouns([row[key] for key in ('instruction', 'input', 'output') for row in read_jsonl(run/'data'/'train.jsonl')])
+    def score(model): return answer_nll(model.eval(), tok, rows, recipe.style, recipe.max_length)
+    found, scores = {}, {}
+    for name, file in files.items():
+        scores[name] = score(load_gguf(run/'merged', file))
+        with serve_gguf(file, recipe.num_ctx) as server:
+            made, _ = complete(server, [format_prompt(row, recipe.style) for row in rows[:answers]], stops, recipe.max_new_tokens, dict(temperature=0.))
+        said = describe_answers(rows[:answers], made, nouns)
+        found[name] = dict(bytes=file.stat().st_size, answers=answers) | compared(scores[name], scores['bf16'])
+        found[name] |= {key: said[key] for key in ('stop_rate', 'repetition', 'chrf')}
+        print(name, found[name], flush=True)
+    parts = {name: compared(score(rounded(load_gguf(run/'merged', bf16), chosen)), scores['bf16']) for name, chosen in PARTS.items()}
+    words = ' '.join(row['instruction'] for row in rows[:12])
+    return dict(rows=len(rows), files=found, parts=parts, tokens_per_second=dict(ollama=speed(names, words, 3), llama_cpp=engine_speed(files, words, 3)))
+
+
+def main():
+    import ollama
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--run', type=Path, required=True)
+    parser.add_argument('--rows', type=int, default=300)
+    parser.add_argument('--answers', type=int, default=100)
+    parser.add_argument('--json', type=Path)
+    args = parser.parse_args()
+    server = server_version()
+    if server is None: raise SystemExit('no Ollama server answers; start one with: ollama serve')
+    names = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for dtype in ('bf16', 'q8_0', 'q4_K_M'):
+                beside = Path(folder)/dtype
+                beside.mkdir()
+                own = args.run/'ollama'/f'model-{"bf16" if dtype == "q4_K_M" else dtype}.gguf'
+                shutil.copyfile(own, beside/'model.gguf')
+                (beside/'Modelfile').write_text('FROM ./model.gguf\n', encoding='utf-8')
+                names[dtype] = create_model(f'quantization-{dtype.lower()}', beside, quantize=dtype if dtype == 'q4_K_M' else '')
+            report = measure(args.run, args.rows, args.answers, names)
+        finally:
+            for name in names.values(): ollama.Client().delete(name)
+    report |= dict(versions=dict(ollama_server=server) | {p: version(p) for p in ('kofinetune', 'transformers', 'torch', 'gguf', 'xllamacpp')},
+                   machine=dict(cores=os.cpu_count(), machine=platform.machine()))
+    if args.json: write_json(report, args.json)
+    print(json.dumps(report, ensure_ascii=False))
+
+
+if __name__ == '__main__': main()
