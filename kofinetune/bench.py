@@ -6,12 +6,14 @@
 __all__ = ['benchmark']
 
 # %% ../nbs/bench.ipynb #8bdefbc2
-import logging
+import copy, logging
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 from .recipe import Recipe
 from .stats import paired_difference, share_ci
+from .chat import pick_style
 from .eval import load_evaluated
 
 # %% ../nbs/bench.ipynb #19658130
@@ -29,13 +31,17 @@ def _load_tasks(name):
     return known.load(name)['tasks']
 
 # %% ../nbs/bench.ipynb #913c0d96
-def _ask(model, tok, tasks, limit=None, few_shots=0, batch_size=16):
+def _ask(model, tok, tasks, style, limit=None, few_shots=0, batch_size=16):
     "Let the harness ask a model, and set the chance line beside what it got right."
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    if style == 'chat' and not tok.chat_template:
+        template = files('kofinetune')/'assets'/'chat_template.jinja'
+        tok = copy.deepcopy(tok)
+        tok.chat_template = template.read_text(encoding='utf-8')
     made = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
+        apply_chat_template=style == 'chat', model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
         tasks=list(tasks.values()), limit=limit, num_fewshot=few_shots,
         bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
     samples = [made['samples'][name] for name in tasks]
@@ -56,13 +62,14 @@ def benchmark(
     **options,                    # limit (questions a task), few_shots, batch_size
 ) -> dict:                        # name -> base, tuned, difference, difference_ci
     "Ask a run's base and tuned models the questions of benchmarks."
+    recipe = pick_style(recipe)
     loaded = {name['task'] if isinstance(name, dict) else Path(name).stem:
               _load_tasks(name) for name in names}
     result = {name: {} for name in loaded}
     for kind in ('base', 'tuned'):
         model, tok = load_evaluated(kind, recipe, run)
         for name, tasks in loaded.items():
-            result[name][kind] = _ask(model, tok, tasks, **options)
+            result[name][kind] = _ask(model, tok, tasks, recipe.style, **options)
         del model       # one in memory at a time
     for seen in result.values():
         base, tuned = ([dict(match=right, rows=1) for right in seen[kind]['correct']]

@@ -78,12 +78,14 @@ def _run_all(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET
              force: bool = _FORCE):
     "Every stage in order, skipping the finished ones, and a table at the end."
     from kofinetune.base import check_base
+    from kofinetune.chat import pick_style
     from kofinetune.server import check_name
     from kofinetune.train import check_options
     chosen, where = _resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')
     if force or 'adapter' not in read_manifest(where)['stages']:
         check_base(chosen, where)
+        pick_style(chosen, exported='none' not in chosen.gguf)
     check_options(chosen)
     for number, made in enumerate(STAGES.values(), 1):
         if made.command == 'export' and 'none' in chosen.gguf: continue
@@ -168,10 +170,11 @@ def _ask(run: Path = _FINISHED,
          given: str = typer.Option('', '--input', help='The input that goes with it.')):
     "One answer from base and tuned, side by side."
     from kofinetune.base import load_base, settle_dtype
+    from kofinetune.chat import pick_style
     from kofinetune.scoring import generate
     from kofinetune.train import load_tuned
     need(run, 'adapter')
-    chosen = settle_dtype(Recipe.load(run/'recipe.json'), run)
+    chosen = pick_style(settle_dtype(Recipe.load(run/'recipe.json'), run))
     row = dict(instruction=question, input=given)
     for name, (model, tok) in (('base', load_base(chosen, quant='none')),
                                ('tuned', load_tuned(chosen, run))):

@@ -82,12 +82,17 @@ def load_rows(
     return read_rows(_source_path(source), **options)
 
 # %% ../nbs/00_data.ipynb #de8dd441
+def _whole(row):
+    "Put what was said earlier in front of a row's question, for comparisons."
+    earlier = [one['content'] for one in row.get('messages', ())[:-2]]
+    return row | dict(instruction='\n\n'.join([*earlier, row['instruction']]))
+
 def clean_rows(
     rows: list[dict],            # checked rows
     drop: tuple[str, ...] = (),  # flags of `audit` whose rows go
 ) -> tuple[list[dict], dict]:    # kept rows; {'flags': ..., 'dropped': [row numbers]}
     "Drop the rows that carry a flag named in `drop`, and say which."
-    flags = audit(rows)
+    flags = audit([_whole(row) for row in rows])
     for name in drop:
         if name not in flags:
             raise ValueError(f'drop names {name!r}; the flags of {len(rows):,} rows '
@@ -99,8 +104,10 @@ def clean_rows(
 # %% ../nbs/00_data.ipynb #33a42423
 def _normalize_row(row):
     "Compose every text to NFC, end lines with a newline, strip the space around it."
-    return {name: unicodedata.normalize('NFC', re.sub('\r\n?', '\n', text)).strip()
-            for name, text in row.items()}
+    def ready(text):
+        if isinstance(text, list): return [_normalize_row(one) for one in text]
+        return unicodedata.normalize('NFC', re.sub('\r\n?', '\n', text)).strip()
+    return {name: ready(text) for name, text in row.items()}
 
 # %% ../nbs/00_data.ipynb #2875c320
 def _classes(rows, most):
@@ -141,7 +148,8 @@ def split_rows(
     if not 0 <= valid_rows < max(len(rows), 1):
         raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies '
                          f'from 0 to {len(rows) - 1}')
-    questions = (f'{seed}\0{row["instruction"]}\0{row["input"]}' for row in rows)
+    questions = (f'{seed}\0{row["instruction"]}\0{row["input"]}'
+                 for row in map(_whole, rows))
     keys = [hashlib.sha256(text.encode()).digest() for text in questions]
     group = {}                         # a key -> a smaller one of the same group
     def name(key):
@@ -179,7 +187,8 @@ def _prepare_rows(recipe, folder):
             raise ValueError(f'{recipe.source} has {read["rows"]:,} rows{why}; none '
                              'can be trained on: name fewer flags in drop')
         near = recipe.valid_rows and 'near_duplicate' in report['flags']   # looked for
-        pairs, held = near_pairs(kept) if near else (), recipe.valid_rows
+        pairs = near_pairs([_whole(row) for row in kept]) if near else ()
+        held = recipe.valid_rows
         if held % 1: held = min(len(kept) - 1, max(1, round(held * len(kept))))
         train, valid = split_rows(kept, int(held), recipe.seed, pairs)
     write_jsonl(train, folder/'train.jsonl')

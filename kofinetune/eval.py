@@ -95,6 +95,7 @@ from .runs import (need, note, read_jsonl, read_manifest, stage, write_json,
 from .gguffile import load_gguf
 from .data import rows_to_measure
 from .base import about_base, pick_device, settle_dtype
+from .chat import pick_style
 from .report import render_page
 
 # %% ../nbs/04_eval.ipynb #44ed4160
@@ -207,7 +208,7 @@ def evaluate(
     force: bool = False,  # evaluate again
 ) -> dict:                # report.json
     "Evaluate base, tuned, merged and every GGUF file on the held-out rows."
-    run = Path(run)
+    run, recipe = Path(run), pick_style(recipe)
     def make(folder):
         rows, held_out = rows_to_measure(run, recipe.eval_rows)
         count = min(recipe.answer_rows or len(rows), len(rows))   # answering is slow

@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from .prompt import HEADS, SECTION_GAP, format_prompt
+from .prompt import HEADS, format_prompt
 
 # %% ../nbs/03_ollama_export.ipynb #15cb2516
 from .recipe import Recipe
@@ -22,15 +22,17 @@ from .server import (check_name, create_model, ollama_client, read_modelfile,
                                server_url, server_version)
 from .data import load_rows, rows_to_measure
 from .base import about_base, free_memory
+from .chat import pick_style
 from .proof import difficult_rows, verify_gguf, verify_ollama
 
 # %% ../nbs/03_ollama_export.ipynb #62ad9ab9
 _STOPS = tuple(head.strip() for head in HEADS)
 
 def _template(style):
-    "Write `format_prompt` as a Go template: the last user turn, and `system` as input."
+    "Write `format_prompt` as a Go template; the last user turn alone, but for 'chat'."
+    if style == 'chat': return (files('kofinetune')/'assets'/'gemma.gotmpl').read_text()
     row = dict(instruction='{{ $question }}', input='{{ .System }}')
-    text, given = format_prompt(row, style), HEADS[1] + '{{ .System }}' + SECTION_GAP
+    text, given = format_prompt(row, style), HEADS[1] + '{{ .System }}\n\n'
     if style == 'alpaca':
         text = text.replace(given, '{{ if .System }}' + given + '{{ end }}')
     return ('{{ $question := "" }}{{ range .Messages }}{{ if eq .Role "user" }}'
@@ -63,7 +65,8 @@ def modelfile(
     if threads: parameters['num_thread'] = threads
     lines = [f'FROM ./{gguf}', _modelfile_value(_template(style), 'TEMPLATE')]
     lines += [f'PARAMETER {name} {value:g}' for name, value in parameters.items()]
-    lines += [_modelfile_value(stop, 'PARAMETER stop') for stop in _STOPS]
+    stops = ('<end_of_turn>',) if style == 'chat' else _STOPS
+    lines += [_modelfile_value(stop, 'PARAMETER stop') for stop in stops]
     lines += [_modelfile_value(text, 'LICENSE') for text in licences]
     return '\n'.join(lines) + '\n'
 
@@ -99,6 +102,7 @@ def export_ollama(
     force: bool = False,  # write again
 ) -> dict:                # what verify.json says
     "Write and prove `run/ollama`, and register it where Ollama answers."
+    recipe = pick_style(recipe, exported=True)
     run, name = Path(run), check_name(recipe.ollama_name or f'kofinetune-{recipe.name}')
     def make(folder):
         made = _write_files(recipe, run, folder, name)
@@ -132,7 +136,8 @@ def _prove_files(recipe, run, folder, name, everything=False):
     rows, proofs, failed = rows_to_measure(run, 100, fill=True)[0], {}, []
     asked, step = (100, 1) if everything else (30, 10)
     prompts = [format_prompt(row, recipe.style)
-               for row in rows + difficult_rows() + load_rows('rehearsal')[::step]]
+               for row in [*rows, *difficult_rows(recipe.style),
+                           *load_rows('rehearsal')[::step]]]
     for dtype in recipe.gguf:
         path = folder/f'model-{dtype}.gguf'
         file = check_gguf(run/'merged', path, dtype, name)
@@ -148,7 +153,7 @@ def _prove_files(recipe, run, folder, name, everything=False):
 # %% ../nbs/03_ollama_export.ipynb #75f3b96b
 def _prove_served(recipe, run, name, everything=False):
     "Prove what Ollama serves under `name`; `failed` says what is wrong."
-    folder, hard = run/'ollama', difficult_rows()
+    folder, hard = run/'ollama', difficult_rows(recipe.style)
     rows = rows_to_measure(run, 100 if everything else 20, fill=True)[0]
     texts = rows + hard + (load_rows('rehearsal') if everything else [])
     if not everything:   # 2,000 letters take a large model a minute
@@ -207,6 +212,7 @@ def verify_run(
 ) -> dict:      # what verify.json says now; `failed` lists what does not hold
     "Prove again what Ollama serves of a run, or else its files; writes verify.json."
     run, folder = Path(run), need(run, 'ollama', whole=False)
+    recipe = pick_style(recipe)
     faults = file_faults(run, 'ollama')
     faults.pop('verify.json', None)
     if faults: raise RuntimeError('; '.join(faults.values()))

@@ -65,11 +65,13 @@ def _check_text(meaning, name, text):
 
 def _check(row, names):
     "Check the fields of a row, and list notes on what is odd."
-    for meaning, text in row.items():
+    texts = {meaning: text for meaning, text in row.items() if meaning != 'messages'}
+    for meaning, text in texts.items():
         _check_text(meaning, names.get(meaning, meaning), text)
     if not row['instruction'].strip():
         raise _Fault('instruction: empty', ': the instruction is empty')
-    odd = set(_ODD.findall(''.join(row.values())))
+    said = [one['content'] for one in row.get('messages', ())]
+    odd = set(_ODD.findall(''.join([*texts.values(), *said])))
     return [f'a text has U+{ord(c):04X}, which nobody types' for c in odd]
 
 # %% ../nbs/formats.ipynb #d896137d
@@ -119,27 +121,44 @@ def _decoded(text):
 
 # %% ../nbs/formats.ipynb #31bc04be
 def _answers(turns):
-    "Make a row of each question and its answer; list what is left out, and notes."
-    asked, given, rows, left_out, notes = [], '', [], [], []
+    "Make a row of a conversation; list what is left out, and notes."
+    asked, given, said, system, left_out, notes = [], '', [], [], [], []
     for meaning, text, extra in turns:
         left_out += extra
         _check_text('content', f'turn of {meaning}', text)
         if meaning == 'input': given += ('\n\n' if given else '') + text
         elif meaning == 'instruction': asked += [text] if text.strip() else []
         elif meaning == 'output' and asked:
-            if rows: left_out.append('earlier turns')
             if len(asked) > 1: notes.append('questions in a row, joined')
-            rows.append(dict(instruction='\n\n'.join(asked), input=given, output=text))
+            said.append(dict(instruction='\n\n'.join(asked), input=given, output=text))
             asked, given = [], ''
         elif meaning == 'output': left_out.append('answer without a question')
         elif meaning == 'skipped':
             left_out.append('turn of weight 0')
             asked, given = [], ''
+        elif meaning == 'system':
+            if text.strip() and text not in system: system.append(text)
         elif text.strip(): left_out.append(meaning)
-    if not rows: raise _Fault('turns: no answer', ': no question has an answer')
+    if not said: raise _Fault('turns: no answer', ': no question has an answer')
     if asked: left_out.append('question without an answer')
     elif given: left_out.append('input without a question')
-    return rows, left_out, notes
+    row = dict(said[-1])
+    if system or len(said) > 1:
+        row['messages'] = _messages('\n\n'.join(system).strip(), said)
+        notes += _ALONE[:1] * bool(system) + _ALONE[1:] * (len(said) > 1)
+    return row, left_out, notes
+
+_ALONE = ['system texts are read in style chat only',
+          'earlier turns are read in style chat only']
+
+def _messages(system, pairs):
+    "Write a system text, questions and answers as messages, stripped as Gemma does."
+    said = [dict(role='system', content=system)] if system else []
+    for pair in pairs:
+        asked = '\n\n'.join(filter(None, (pair['instruction'], pair['input'])))
+        said += [dict(role='user', content=asked.strip()),
+                 dict(role='assistant', content=pair['output'].strip())]
+    return said
 
 # %% ../nbs/formats.ipynb #5bfc33c1
 _HEADS = [re.compile(head) for head in _SHAPES['heads'].values()]
@@ -169,9 +188,8 @@ def _pair(row, found):
     "Make a row of a question and its answer: (row, meaning -> name)."
     given = 'input' if 'instruction' in found else None   # alone, it is the question
     names = {'instruction': _name(row, found, 'instruction' if given else 'input')}
-    for meaning in (given, 'output', 'kind'):
+    for meaning in (given, 'output'):
         if meaning in found: names[meaning] = _name(row, found, meaning)
-    if 'kind' in names and not isinstance(row[names['kind']], str): del names['kind']
     made = dict(instruction=row[names['instruction']], input='')
     made |= {meaning: row[name] for meaning, name in names.items()}
     if _blank(made['input']): made['input'] = ''
@@ -214,28 +232,61 @@ def _turns_of(row, found, how):
             names, turns = {'instruction': name} | names, row[name] + turns
     return names, _turns(turns)
 
+# %% ../nbs/formats.ipynb #3e2fc451
+def _earlier(row, found):
+    "List the turns of a row's own system text and history: (turns, meaning -> name)."
+    names = {meaning: _name(row, found, meaning) for meaning in ('system', 'history')
+             if meaning in found}
+    held, turns = {meaning: row[name] for meaning, name in names.items()}, []
+    system, history = held.get('system'), held.get('history')
+    if isinstance(history, str) and history.strip().startswith('['):
+        history = _decoded(history)
+    if not isinstance(system, str) or not system.strip(): names.pop('system', None)
+    else: turns.append(('system', system, []))
+    if not isinstance(history, list) or not history: names.pop('history', None)
+    elif isinstance(history[0], dict): turns += _turns(history)
+    else: turns += _past(history)
+    return turns, names
+
+def _past(pairs):
+    "Yield the turns of a history: a list of [question, answer]."
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _Fault('history: no pair', f': its history has {pair!r:.60}; it must '
+                         'be [question, answer]')
+        for meaning, text in zip(('instruction', 'output'), pair):
+            yield meaning, text, []
+
 # %% ../nbs/formats.ipynb #e2b74206
 def _read_row(value, fields):
-    "Make rows of what a file holds: (rows, how, meaning -> name, left out, notes)."
+    "Make a row of what a file holds: (row, how, meaning -> name, left out, notes)."
     if isinstance(value, ValueError): raise _Fault(*value.args)
     if not isinstance(value, dict):
         held = f' is {type(value).__name__}'
         raise _Fault('no object', f'{held}, not an object with instruction and output')
     found, notes, left_out = _find(value, fields), [], []
-    if (how := _shape(value, found, fields)) == 'pair':
+    how = _shape(value, found, fields)
+    earlier, used = _earlier(value, found)
+    if how == 'pair':
         row, names = _pair(value, found)
-        rows = [row]
+        _check(row, names)
+        own = [(name, row[name], []) for name in ('instruction', 'input', 'output')]
+        if used: row, left_out, notes = _answers(earlier + own)
     else:
         names, turns = _turns_of(value, found, how)
-        rows, left_out, notes = _answers(turns)
+        row, left_out, notes = _answers([*earlier, *turns])
         if how == 'text' and {'answer without a question', 'input without a question'
                               } & set(left_out):
             raise _Fault('text: headings', ': headings in the answer cannot be told '
                          'from those around it')
-    for row in rows: notes += _check(row, names)
+    names |= used
+    kind = found.get('kind', [(0, '')])[0][1]   # beside messages too
+    if isinstance(value.get(kind), str):
+        row, names['kind'] = row | dict(kind=value[kind]), kind
+    notes += _check(row, names)
     left_out += [name for name, held in value.items()
                  if name not in names.values() and not _blank(held)]
-    return rows, how, names, left_out, notes
+    return row, how, names, left_out, notes
 
 # %% ../nbs/formats.ipynb #cc74bfb0
 def _mapping(fields):
@@ -252,8 +303,7 @@ def _understood(shapes, left_out, notes):
     for how, seen in shapes.items():
         called = ', '.join(name if meaning in (how, _plain(name)) else
                            f'{name} as {meaning}' for meaning, name in seen['names'])
-        of = {'pair': '', 'text': f' of {seen["records"]:,} texts'}
-        of = of.get(how, f' of {seen["records"]:,} conversations')
+        of = {'pair': '', 'text': ' of texts'}.get(how, ' of conversations')
         said.append(f'{called}: {seen["rows"]:,} rows{of}')
     lost = ', '.join(f'{name} ({n:,})' for name, n in left_out.items())
     if lost: said.append(f'left out: {lost}')
@@ -270,16 +320,15 @@ def validate_rows(
     faults, notes, left_out, met, shapes = Counter(), Counter(), Counter(), set(), {}
     for where, value in read_values(path, left_out, notes):
         if isinstance(value, dict): met.update(map(_plain, value))
-        try: rows, how, names, lost, odd = _read_row(value, mapped)
+        try: row, how, names, lost, odd = _read_row(value, mapped)
         except _Fault as e:
             kind, text = e.args
             faults[kind] += 1
             if len(first) < 20: first.append(where + text)
             continue
-        kept += rows
-        seen = shapes.setdefault(how, dict(rows=0, records=0, names={}))
-        seen['rows'] += len(rows)
-        seen['records'] += 1
+        kept.append(row)
+        seen = shapes.setdefault(how, dict(rows=0, names={}))
+        seen['rows'] += 1
         seen['names'].update(dict.fromkeys(names.items()))
         left_out.update(lost)
         notes.update(odd)

@@ -6,7 +6,8 @@
 __all__ = ['merge_into', 'compare_models', 'copy_tokenizer', 'merge_adapter']
 
 # %% ../nbs/02_merge.ipynb #07a7c480
-import shutil
+import json, shutil
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ import torch
 from .recipe import Recipe
 from .runs import progress, stage
 from .data import rows_to_measure
-from .base import base_path, free_memory, load_base, settle_dtype
+from .base import (about_base, base_path, free_memory, load_base,
+                             load_tokenizer, settle_dtype)
+from .chat import end_ids, pick_style
 from .scoring import answer_states
 from .train import load_tuned
 
@@ -151,7 +154,7 @@ def copy_tokenizer(
     recipe: Recipe,  # base and revision
     folder: Path,    # where the files go
 ) -> list[str]:      # their names
-    "Copy every tokenizer file that the recipe's base has."
+    "Copy every tokenizer file that the recipe's base has, or write a chat template."
     from huggingface_hub import snapshot_download
     source = Path(base_path(recipe.base))
     if not source.is_dir():
@@ -159,18 +162,25 @@ def copy_tokenizer(
                                         allow_patterns=_TOKENIZER_FILES))
     found = sorted({path for files in _TOKENIZER_FILES for path in source.glob(files)})
     for path in found: shutil.copyfile(path, Path(folder)/path.name)
-    return [path.name for path in found]
+    names, tok = [path.name for path in found], load_tokenizer(recipe)
+    if recipe.style != 'chat' or tok.chat_template: return names
+    text = (files('kofinetune')/'assets'/'chat_template.jinja').read_text('utf-8')
+    text = text.replace('<end_of_turn>', tok.decode(end_ids(tok, 'chat')[:1]))
+    (folder/'chat_template.jinja').write_text(text, encoding='utf-8', newline='\n')
+    return [*names, 'chat_template.jinja']
 
 # %% ../nbs/02_merge.ipynb #cdad3915
 def _write_way(way, recipe, run, folder, rows, kept):
     "Merge in float32, write in the type of the base's file, compare what is read back."
     from transformers import AutoConfig
-    if way == 'copy': model, _ = load_tuned(recipe, run)
-    else: model, _ = load_base(recipe, 'none', torch.float32)
+    if way == 'copy': model, tok = load_tuned(recipe, run)
+    else: model, tok = load_base(recipe, 'none', torch.float32)
     if way == 'nf4': model = _through_nf4(model)
     if way != 'copy': model = merge_into(model, Path(run)/'adapter')
     stored = AutoConfig.from_pretrained(base_path(recipe.base), trust_remote_code=False,
                                         revision=recipe.revision or 'main')
+    if recipe.style == 'chat':
+        model.generation_config.eos_token_id = end_ids(tok, 'chat')
     model.to(stored.dtype).save_pretrained(folder)
     del model
     free_memory()
@@ -187,7 +197,9 @@ def merge_adapter(
     force: bool = False,  # merge again
 ) -> dict:                # what `compare_models` says of the way; merge, why, ways, ...
     "Write `run/merged`: one model, the way that measures better, with its tokenizer."
+    recipe = pick_style(recipe)
     def make(folder):
+        if not force: _check_named(recipe, run)
         tried = ['16-bit', 'nf4']
         if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
         if recipe.adapter == 'none': tried = ['copy']
@@ -209,3 +221,12 @@ def merge_adapter(
             merge=chosen, why=why, ways=ways, rows=len(rows), held_out=held_out,
             tokenizer_files=copy_tokenizer(recipe, folder))
     return stage(recipe, run, 'merged', make, force)
+
+def _check_named(recipe, run):
+    "Raise ValueError where an adapter names another base."
+    file, mine = Path(run)/'adapter'/'adapter_config.json', about_base(recipe.base)
+    if recipe.adapter == 'none' or not file.is_file(): return
+    name = json.loads(file.read_bytes()).get('base_model_name_or_path') or mine['name']
+    if Path(name).name != Path(mine['name']).name:
+        raise ValueError(f'{file.parent} was made for {name}, and base is {recipe.base};'
+                         f' to merge all the same: kofinetune merge --run {run} --force')

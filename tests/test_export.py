@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kofinetune import export, gguffile, proof
-from kofinetune.prompt import STYLES, format_prompt
+from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest
 from kofinetune.data import load_rows
