@@ -41,7 +41,8 @@ def _ask(model, tok, tasks, style, limit=None, few_shots=0, batch_size=16):
         tok = copy.deepcopy(tok)
         tok.chat_template = template.read_text(encoding='utf-8')
     made = lm_eval.simple_evaluate(
-        apply_chat_template=style == 'chat', model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
+        model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
+        apply_chat_template=style == 'chat',
         tasks=list(tasks.values()), limit=limit, num_fewshot=few_shots,
         bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
     samples = [made['samples'][name] for name in tasks]

@@ -20,7 +20,8 @@ from .runs import rank
 from .base import base_path, load_tokenizer
 
 # %% ../nbs/chat.ipynb #fb1f08b9
-_GEMMA_TURNS = (files('kofinetune')/'assets'/'chat_template.jinja').read_text(encoding='utf-8')
+_file = files('kofinetune')/'assets'/'chat_template.jinja'
+_GEMMA_TURNS = _file.read_text(encoding='utf-8')
 _MARK = '\ue000\ue001'   # characters that no text has
 
 def _around(said, tok):
@@ -51,12 +52,16 @@ def _end(tok):
     found = re.search('|'.join(map(re.escape, special)), _around(said, tok)[1])
     return found[0] if found else tok.eos_token
 
+def _settled(style, tok):
+    return ('chat' if tok.chat_template else 'alpaca') if style == 'auto' else style
+
 def end_ids(
     tok,                    # the base's tokenizer
     style: str = 'alpaca',  # as trained
 ) -> list[int]:             # training uses the first; any of them ends an answer
     "List the ids that end an answer."
-    ends = [_end(tok), tok.eos_token] if style == 'chat' else [tok.eos_token]
+    ends = [tok.eos_token]
+    if _settled(style, tok) == 'chat': ends.insert(0, _end(tok))
     return tok.convert_tokens_to_ids([*dict.fromkeys(ends)])
 
 # %% ../nbs/chat.ipynb #6d4dc000
@@ -86,7 +91,7 @@ def pieces(
     loss: str = 'answer',   # 'answer': answers and terminators; 'whole': all
 ) -> list[tuple]:           # (ids, whether they are in the loss); at the end an answer
     "Cut a row into pieces: prompt and answer; of a conversation, every answer."
-    if style == 'chat': made = _in_chat(row, tok)
+    if (style := _settled(style, tok)) == 'chat': made = _in_chat(row, tok)
     else:
         prompt, end = format_prompt(row, style), [tok.eos_token_id]
         answer = format_answer(dict(output='') | row, style)
@@ -107,7 +112,7 @@ def _own_style(recipe):
         has = any(folder.glob('chat_template*')) or (
             file.is_file() and '"chat_template"' in file.read_text(encoding='utf-8'))
     else: has = folder and load_tokenizer(recipe).chat_template
-    return ('chat', 'has a chat template') if has else ('alpaca', 'has no chat template')
+    return ('chat', 'has a chat template') if has else ('alpaca', 'has no template')
 
 
 # %% ../nbs/chat.ipynb #aadc0cbd

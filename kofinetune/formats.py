@@ -11,6 +11,7 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
+from .prompt import turns
 from .tables import parse_json, read_values
 
 # %% ../nbs/formats.ipynb #a77c6517
@@ -120,10 +121,10 @@ def _decoded(text):
         raise _Fault('turns: not JSON', text) from None
 
 # %% ../nbs/formats.ipynb #31bc04be
-def _answers(turns):
+def _answers(spoken):
     "Make a row of a conversation; list what is left out, and notes."
     asked, given, said, system, left_out, notes = [], '', [], [], [], []
-    for meaning, text, extra in turns:
+    for meaning, text, extra in spoken:
         left_out += extra
         _check_text('content', f'turn of {meaning}', text)
         if meaning == 'input': given += ('\n\n' if given else '') + text
@@ -142,23 +143,18 @@ def _answers(turns):
     if not said: raise _Fault('turns: no answer', ': no question has an answer')
     if asked: left_out.append('question without an answer')
     elif given: left_out.append('input without a question')
-    row = dict(said[-1])
-    if system or len(said) > 1:
-        row['messages'] = _messages('\n\n'.join(system).strip(), said)
-        notes += _ALONE[:1] * bool(system) + _ALONE[1:] * (len(said) > 1)
-    return row, left_out, notes
+    return _conversation(system, said, notes), left_out, notes
 
-_ALONE = ['system texts are read in style chat only',
-          'earlier turns are read in style chat only']
-
-def _messages(system, pairs):
-    "Write a system text, questions and answers as messages, stripped as Gemma does."
-    said = [dict(role='system', content=system)] if system else []
-    for pair in pairs:
-        asked = '\n\n'.join(filter(None, (pair['instruction'], pair['input'])))
-        said += [dict(role='user', content=asked.strip()),
-                 dict(role='assistant', content=pair['output'].strip())]
-    return said
+# %% ../nbs/formats.ipynb #f3dc6037
+def _conversation(system, pairs, notes):
+    "Make a row of the last question and answer, and of all messages."
+    row, head = dict(pairs[-1]), dict(role='system', content='\n\n'.join(system))
+    for what, there in (('system texts', system), ('earlier turns', pairs[1:])):
+        if there: notes.append(f'{what} are read in style chat only')
+    if system or pairs[1:]:
+        said = sum(map(turns, pairs), [])
+        row['messages'] = turns(dict(messages=[head] * bool(system) + said))
+    return row
 
 # %% ../nbs/formats.ipynb #5bfc33c1
 _HEADS = [re.compile(head) for head in _SHAPES['heads'].values()]
@@ -270,7 +266,7 @@ def _read_row(value, fields):
     if how == 'pair':
         row, names = _pair(value, found)
         _check(row, names)
-        own = [(name, row[name], []) for name in ('instruction', 'input', 'output')]
+        own = [(*one, []) for one in row.items()]
         if used: row, left_out, notes = _answers(earlier + own)
     else:
         names, turns = _turns_of(value, found, how)
@@ -280,9 +276,8 @@ def _read_row(value, fields):
             raise _Fault('text: headings', ': headings in the answer cannot be told '
                          'from those around it')
     names |= used
-    kind = found.get('kind', [(0, '')])[0][1]   # beside messages too
-    if isinstance(value.get(kind), str):
-        row, names['kind'] = row | dict(kind=value[kind]), kind
+    kind = found.get('kind', [(0, None)])[0][1]   # beside messages too
+    if isinstance(value.get(kind), str): row['kind'], names['kind'] = value[kind], kind
     notes += _check(row, names)
     left_out += [name for name, held in value.items()
                  if name not in names.values() and not _blank(held)]

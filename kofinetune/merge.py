@@ -222,11 +222,12 @@ def merge_adapter(
             tokenizer_files=copy_tokenizer(recipe, folder))
     return stage(recipe, run, 'merged', make, force)
 
+# %% ../nbs/02_merge.ipynb #69f02457
 def _check_named(recipe, run):
     "Raise ValueError where an adapter names another base."
     file, mine = Path(run)/'adapter'/'adapter_config.json', about_base(recipe.base)
     if recipe.adapter == 'none' or not file.is_file(): return
     name = json.loads(file.read_bytes()).get('base_model_name_or_path') or mine['name']
     if Path(name).name != Path(mine['name']).name:
-        raise ValueError(f'{file.parent} was made for {name}, and base is {recipe.base};'
-                         f' to merge all the same: kofinetune merge --run {run} --force')
+        raise ValueError(f'{file.parent} was made for {name}, not {recipe.base}; to '
+                         f'merge them anyway: kofinetune merge --run {run} --force')

@@ -53,7 +53,7 @@ def difficult_rows(
     return [row for row in alone if row['instruction'].strip()] + _conversations(texts)
 
 def _conversations(texts):
-    "Make conversations of 1 to 6 questions out of short texts, half with a system text."
+    "Make conversations of 1 to 6 questions; every other one has a system text."
     short, rows = [text for text in texts if 0 < len(text.strip()) < 30], []
     for n in range(len(short)):
         roles = ['system'] * (n % 2) + ['user', 'assistant'] * (n // 2 % 6) + ['user']
