@@ -208,8 +208,9 @@ def _shape(row, found, fields):
     is_alpaca = max(ranks.get(name, 9) for name in ('instruction', 'output')) < 2
     for how in ('messages', 'text'):
         if ranks.get(how) == 0: return how       # mapped
-    if not is_alpaca and not _blank(held.get('messages')): return 'messages'
-    answer = held.get('output')
+    answer, said = held.get('output'), held.get('messages')
+    own = isinstance(said, list) and said[-1:] == [dict(role='assistant', content=answer)]
+    if not _blank(said) and (own or not is_alpaca): return 'messages'
     if isinstance(answer, list) and isinstance([*answer, 0][0], dict): return 'output'
     if 'output' in held and held.keys() & {'instruction', 'input'}: return 'pair'
     if 'text' in held: return 'text'
@@ -276,6 +277,8 @@ def _read_row(value, fields):
             raise _Fault('text: headings', ': headings in the answer cannot be told '
                          'from those around it')
     names |= used
+    if how == 'messages' and value.get('output') == row['output']:   # as we write it
+        names |= {name: name for name in ('instruction', 'input', 'output')}
     kind = found.get('kind', [(0, None)])[0][1]   # beside messages too
     if isinstance(value.get(kind), str): row['kind'], names['kind'] = value[kind], kind
     notes += _check(row, names)
