@@ -13,8 +13,9 @@ from pathlib import Path
 
 from .recipe import Recipe
 from .stats import paired_difference, share_ci
+from .base import load_base, settle_dtype
 from .chat import pick_style
-from .eval import load_evaluated
+from .train import load_tuned
 
 # %% ../nbs/bench.ipynb #19658130
 _BENCHMARKS = ('kobest', 'haerae', 'kmmlu')
@@ -63,12 +64,13 @@ def benchmark(
     **options,                    # limit (questions a task), few_shots, batch_size
 ) -> dict:                        # name -> base, tuned, difference, difference_ci
     "Ask a run's base and tuned models the questions of benchmarks."
-    recipe = pick_style(recipe)
+    recipe = settle_dtype(pick_style(recipe), run)
     loaded = {name['task'] if isinstance(name, dict) else Path(name).stem:
               _load_tasks(name) for name in names}
     result = {name: {} for name in loaded}
     for kind in ('base', 'tuned'):
-        model, tok = load_evaluated(kind, recipe, run)
+        if kind == 'base': model, tok = load_base(recipe, quant='none')
+        else: model, tok = load_tuned(recipe, run)
         for name, tasks in loaded.items():
             result[name][kind] = _ask(model, tok, tasks, recipe.style, **options)
         del model       # one in memory at a time

@@ -209,7 +209,8 @@ def _shape(row, found, fields):
     for how in ('messages', 'text'):
         if ranks.get(how) == 0: return how       # mapped
     answer, said = held.get('output'), held.get('messages')
-    own = isinstance(said, list) and said[-1:] == [dict(role='assistant', content=answer)]
+    last = [dict(role='assistant', content=answer)]   # as we write it
+    own = isinstance(said, list) and said[-1:] == last
     if not _blank(said) and (own or not is_alpaca): return 'messages'
     if isinstance(answer, list) and isinstance([*answer, 0][0], dict): return 'output'
     if 'output' in held and held.keys() & {'instruction', 'input'}: return 'pair'
@@ -234,25 +235,17 @@ def _earlier(row, found):
     "List the turns of a row's own system text and history: (turns, meaning -> name)."
     names = {meaning: _name(row, found, meaning) for meaning in ('system', 'history')
              if meaning in found}
-    held, turns = {meaning: row[name] for meaning, name in names.items()}, []
+    held, said = {meaning: row[name] for meaning, name in names.items()}, []
     system, history = held.get('system'), held.get('history')
-    if isinstance(history, str) and history.strip().startswith('['):
+    if isinstance(history, str) and history.strip()[:1] == '[':   # in a cell
         history = _decoded(history)
-    if not isinstance(system, str) or not system.strip(): names.pop('system', None)
-    else: turns.append(('system', system, []))
+    if isinstance(system, str) and system.strip(): said.append(('system', system, []))
+    else: names.pop('system', None)
     if not isinstance(history, list) or not history: names.pop('history', None)
-    elif isinstance(history[0], dict): turns += _turns(history)
-    else: turns += _past(history)
-    return turns, names
-
-def _past(pairs):
-    "Yield the turns of a history: a list of [question, answer]."
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise _Fault('history: no pair', f': its history has {pair!r:.60}; it must '
-                         'be [question, answer]')
-        for meaning, text in zip(('instruction', 'output'), pair):
-            yield meaning, text, []
+    else: said += _turns([dict(zip(('user', 'assistant'), one)) if
+                          isinstance(one, list) and len(one) == 2 else one
+                          for one in history])   # a pair is a question and its answer
+    return said, names
 
 # %% ../nbs/formats.ipynb #e2b74206
 def _read_row(value, fields):
@@ -277,7 +270,7 @@ def _read_row(value, fields):
             raise _Fault('text: headings', ': headings in the answer cannot be told '
                          'from those around it')
     names |= used
-    if how == 'messages' and value.get('output') == row['output']:   # as we write it
+    if how == 'messages' and value.get('output') == row['output']:
         names |= {name: name for name in ('instruction', 'input', 'output')}
     kind = found.get('kind', [(0, None)])[0][1]   # beside messages too
     if isinstance(value.get(kind), str): row['kind'], names['kind'] = value[kind], kind

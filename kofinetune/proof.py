@@ -52,6 +52,7 @@ def difficult_rows(
     if style != 'chat': return alone
     return [row for row in alone if row['instruction'].strip()] + _conversations(texts)
 
+# %% ../nbs/proof.ipynb #e3dad2a0
 def _conversations(texts):
     "Make conversations of 1 to 6 questions; every other one has a system text."
     short, rows = [text for text in texts if 0 < len(text.strip()) < 30], []
@@ -218,6 +219,11 @@ def compare_texts(
             if texts != {wanted}: wrong.append(wanted)
     return dict(checked=len(rows), different=len(wrong), examples=wrong[:5])
 
+def _post(client, path, **request):
+    "Ask for what the client's own methods leave out of an answer."
+    return client._request_raw('POST', path, json=dict(stream=False, **request)).json()
+
+# %% ../nbs/proof.ipynb #2f3fb948
 def _requests(row, style):
     "Say how Ollama is asked a row: path -> request; a conversation by chat alone."
     texts = dict(system=row['input'], user=row['instruction'])
@@ -229,10 +235,6 @@ def _requests(row, style):
     if [one['role'] for one in system] not in ([], ['system']): return chat
     given = ''.join(one['content'] for one in system)
     return {'/api/generate': dict(prompt=question['content'], system=given)} | chat
-
-def _post(client, path, **request):
-    "Ask for what the client's own methods leave out of an answer."
-    return client._request_raw('POST', path, json=dict(stream=False, **request)).json()
 
 # %% ../nbs/proof.ipynb #3510bf40
 def verify_ollama(

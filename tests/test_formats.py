@@ -126,7 +126,7 @@ def test_an_odd_conversation_loses_nothing_in_silence(name, tmp_path):
     (dict(messages=[USER, dict(role='assistant', content=None)]), 'content: not text'), (dict(turns=['가?', '나?']), 'turn: no object'),
     (dict(messages=[dict(content='가?')]), 'turn: no text'), (dict(text=''), 'text: no headings'), (dict(text='그냥 글입니다.'), 'text: no headings'),
     (dict(text=None), 'text: not text'), (dict(question='고르면?', A='가', B='나'), 'output: missing'),
-    (ROW | dict(history=['앞']), 'history: no pair'), (dict(text=ALPACA + '\n\n### Output:\n7'), 'text: headings'), (dict(text=ALPACA + '\n\n### Input:\n7'), 'text: headings'), (dict(question='가?', query='나?', answer='다'), 'instruction: two fields'),
+    (ROW | dict(history=['앞']), 'turn: no object'), (dict(text=ALPACA + '\n\n### Output:\n7'), 'text: headings'), (dict(text=ALPACA + '\n\n### Input:\n7'), 'text: headings'), (dict(question='가?', query='나?', answer='다'), 'instruction: two fields'),
     (dict(question='가?', answers=['나', '다']), 'output: missing'), (dict(question='가?', answer=['나', '다']), 'output: not text'),
     (ROW | dict(output={'a': 1}), 'output: not text'), (ROW | dict(output=7), 'output: not text'), (ROW | dict(input={'a': 1}), 'input: not text'),
     (ROW | dict(output=None), 'output: not text'), (ROW | dict(instruction=''), 'instruction: empty'), ([ROW], 'no object'), (None, 'no object'), ({}, 'instruction: missing')])
