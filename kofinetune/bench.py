@@ -64,7 +64,7 @@ def benchmark(
     **options,                    # limit (questions a task), few_shots, batch_size
 ) -> dict:                        # name -> base, tuned, difference, difference_ci
     "Ask a run's base and tuned models the questions of benchmarks."
-    recipe = settle_dtype(pick_style(recipe), run)
+    recipe = settle_dtype(pick_style(recipe, run), run)
     loaded = {name['task'] if isinstance(name, dict) else Path(name).stem:
               _load_tasks(name) for name in names}
     result = {name: {} for name in loaded}

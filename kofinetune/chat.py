@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from .prompt import format_answer, format_prompt, turns
 from .recipe import Recipe
-from .runs import rank
+from .runs import rank, read_manifest
 from .base import base_path, load_tokenizer
 
 # %% ../nbs/chat.ipynb #fb1f08b9
@@ -123,12 +123,17 @@ def _say(line):
 
 def pick_style(
     recipe: Recipe,          # its style may be auto
+    run: Path = None,        # a run, which keeps the style that it was trained in
     exported: bool = False,  # must Ollama be able to write its turns?
 ) -> Recipe:                 # with the style that suits its base
     "Decide once what `auto` means. ValueError for turns that cannot be exported."
-    (own, why), style = _own_style(recipe), recipe.style
+    style, trained = recipe.style, {}
+    if run: trained = read_manifest(run)['stages'].get('adapter', {})
+    own, why = trained.get('inputs', {}).get('recipe', {}).get('style', 'auto'), ''
+    if own == 'auto': own, why = _own_style(recipe)
     if style == 'auto': style = own
-    if style != recipe.style: _say(f'style: {style}, as base {recipe.base} {why}')
+    if not why: pass   # said when it was trained
+    elif style != recipe.style: _say(f'style: {style}, as base {recipe.base} {why}')
     elif own == 'chat' != style:
         _say(f'style: {style}, though base {recipe.base} {why}; its own turns suit it '
              'better: --set style=chat')

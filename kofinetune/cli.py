@@ -174,7 +174,7 @@ def _ask(run: Path = _FINISHED,
     from kofinetune.scoring import generate
     from kofinetune.train import load_tuned
     need(run, 'adapter')
-    chosen = pick_style(settle_dtype(Recipe.load(run/'recipe.json'), run))
+    chosen = pick_style(settle_dtype(Recipe.load(run/'recipe.json'), run), run)
     row = dict(instruction=question, input=given)
     for name, (model, tok) in (('base', load_base(chosen, quant='none')),
                                ('tuned', load_tuned(chosen, run))):

@@ -208,7 +208,7 @@ def evaluate(
     force: bool = False,  # evaluate again
 ) -> dict:                # report.json
     "Evaluate base, tuned, merged and every GGUF file on the held-out rows."
-    run, recipe = Path(run), pick_style(recipe)
+    run, recipe = Path(run), pick_style(recipe, run)
     def make(folder):
         rows, held_out = rows_to_measure(run, recipe.eval_rows)
         count = min(recipe.answer_rows or len(rows), len(rows))   # answering is slow

@@ -102,7 +102,7 @@ def export_ollama(
     force: bool = False,  # write again
 ) -> dict:                # what verify.json says
     "Write and prove `run/ollama`, and register it where Ollama answers."
-    recipe = pick_style(recipe, exported=True)
+    recipe = pick_style(recipe, run, exported=True)
     run, name = Path(run), check_name(recipe.ollama_name or f'kofinetune-{recipe.name}')
     def make(folder):
         made = _write_files(recipe, run, folder, name)
@@ -212,7 +212,7 @@ def verify_run(
 ) -> dict:      # what verify.json says now; `failed` lists what does not hold
     "Prove again what Ollama serves of a run, or else its files; writes verify.json."
     run, folder = Path(run), need(run, 'ollama', whole=False)
-    recipe = pick_style(recipe)
+    recipe = pick_style(recipe, run)
     faults = file_faults(run, 'ollama')
     faults.pop('verify.json', None)
     if faults: raise RuntimeError('; '.join(faults.values()))

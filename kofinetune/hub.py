@@ -36,7 +36,7 @@ def _files(run, what):
 def _card(run, what='merged', repo='me/model'):
     "Write the model card, from the run's recipe, manifest and report."
     run, folder, record = Path(run), need(run, 'eval'), read_manifest(run)
-    recipe = pick_style(Recipe.load(run/'recipe.json'))
+    recipe = pick_style(Recipe.load(run/'recipe.json'), run)
     report = json.loads((folder/'report.json').read_text(encoding='utf-8'))
     modelfile = (need(run, 'ollama')/'Modelfile').read_text(encoding='utf-8')
     about = about_base(recipe.base)

@@ -197,7 +197,7 @@ def merge_adapter(
     force: bool = False,  # merge again
 ) -> dict:                # what `compare_models` says of the way; merge, why, ways, ...
     "Write `run/merged`: one model, the way that measures better, with its tokenizer."
-    recipe = pick_style(recipe)
+    recipe = pick_style(recipe, run)
     def make(folder):
         if not force: _check_named(recipe, run)
         tried = ['16-bit', 'nf4']

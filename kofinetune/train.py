@@ -198,7 +198,7 @@ def finetune(
     force: bool = False,  # train again
 ) -> dict:                # the trainer's metrics, and what they cost
     "Train on `run/data`, and write adapter, log and metrics into `run/adapter`."
-    recipe = pick_style(recipe)
+    recipe = pick_style(recipe, None if force else run)
     def make(folder):
         check_options(recipe)
         checkpoints, checkpoint = Path(run)/'checkpoints', None

@@ -215,7 +215,8 @@ def test_a_run_in_style_chat_goes_through(talk, monkeypatch):
     monkeypatch.setattr('sys.argv', ['kofinetune', 'ask', str(run), '안녕?'])
     cli._app(['ask', str(run), '안녕?'], standalone_mode=False)
     from kofinetune.hub import _card
-    assert '<start_of_turn>user' in _card(run)
+    card = _card(run)
+    assert '<start_of_turn>user' in card and '`<end_of_turn>` ends it' in card and 'earlier turns' not in card
 
 
 def test_the_merged_model_names_its_ends_and_its_turns_and_is_a_base_in_its_style(talk, tmp_path, capsys):
