@@ -225,9 +225,10 @@ def merge_adapter(
 # %% ../nbs/02_merge.ipynb #69f02457
 def _check_named(recipe, run):
     "Raise ValueError where an adapter names another base."
-    file, mine = Path(run)/'adapter'/'adapter_config.json', about_base(recipe.base)
+    file = Path(run)/'adapter'/'adapter_config.json'
     if recipe.adapter == 'none' or not file.is_file(): return
-    name = json.loads(file.read_bytes()).get('base_model_name_or_path') or mine['name']
-    if Path(name).name != Path(mine['name']).name:
+    name = json.loads(file.read_bytes()).get('base_model_name_or_path')
+    mine = about_base(recipe.base)['name'], base_path(recipe.base)   # ours, or peft's
+    if name and Path(name).name not in [Path(one).name for one in mine]:
         raise ValueError(f'{file.parent} was made for {name}, not {recipe.base}; to '
                          f'merge them anyway: kofinetune merge --run {run} --force')
