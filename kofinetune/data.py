@@ -65,17 +65,17 @@ def _fetch(url, blob):
 def _source_path(source):
     "Find the file or folder of a `source`, downloading a known one."
     if source in _SOURCES: return _fetch(**_SOURCES[source])
-    packaged = files('kofinetune')/'assets'/'rehearsal.jsonl'
-    path = Path(str(packaged) if source == 'rehearsal' else source)
+    packaged = files('kofinetune')/'assets'/f'{source}.jsonl'
+    path = Path(str(packaged) if source in ('rehearsal', 'dialogs') else source)
     if not path.exists() and '@' not in source:
         raise FileNotFoundError(
             f'{path} is not a file or folder; source is one, {", ".join(_SOURCES)}, '
-            'rehearsal, or a data set of the Hub, pinned with: --set source=OWNER/NAME'
+            'rehearsal, dialogs, or a data set of the Hub: --set source=OWNER/NAME'
             '@COMMIT, a commit of https://huggingface.co/datasets/OWNER/NAME/commits')
     return path
 
 def load_rows(
-    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, or what `read_rows` takes
+    source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, dialogs, or a file
     **options,     # for `read_rows`
 ) -> list[dict]:   # checked rows in their own order
     "Load the rows of a known `source`, or of your own."
