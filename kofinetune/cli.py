@@ -166,20 +166,12 @@ def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SE
 
 @_app.command('ask')
 def _ask(run: Path = _FINISHED,
-         question: str = typer.Argument(..., help='The instruction.'),
-         given: str = typer.Option('', '--input', help='The input that goes with it.')):
-    "One answer from base and tuned, side by side."
-    from kofinetune.base import load_base, settle_dtype
-    from kofinetune.chat import pick_style
-    from kofinetune.scoring import generate
-    from kofinetune.train import load_tuned
-    need(run, 'adapter')
-    chosen = pick_style(settle_dtype(Recipe.load(run/'recipe.json'), run), run)
-    row = dict(instruction=question, input=given)
-    for name, (model, tok) in (('base', load_base(chosen, quant='none')),
-                               ('tuned', load_tuned(chosen, run))):
-        made = generate(model, tok, [row], chosen.style, chosen.max_new_tokens)
-        typer.echo(f'{name}: {made[0]["answer"]}')
+         question: str = typer.Argument('', help='None: a conversation.'),
+         given: str = typer.Option('', '--input', help='The input that goes with it.'),
+         model: str = typer.Option('', help='tuned (a conversation), base or both.')):
+    "One answer from base and tuned, side by side; or a conversation."
+    from kofinetune.talk import chat
+    chat(run, model or ('both' if question else 'tuned'), question, given)
 
 # %% ../nbs/cli.ipynb #56e77e55
 @_app.command('verify')

@@ -5,7 +5,7 @@ import pytest
 
 from kofinetune.data import load_rows
 from kofinetune.korean import PAIRS, _PARTICLE, check_particles, code_switching, hangul_share, known_nouns, speech_level
-from kofinetune.eval import distinct
+from kofinetune.eval import _distinct as distinct
 
 NOUNS = {'사람', '집', '물', '서울', '연필', '바다', '나무', '고양이', '국가', '학교', '대학', '나', '책', '전문가'}
 

@@ -42,7 +42,7 @@ ARROWS = dict(
     prompt='', tables='', formats='prompt tables', recipe='tables', korean='', stats='', runs='recipe', gguffile='runs', server='runs', audit='korean prompt',
     data='formats runs audit', scoring='chat', chat='base', dialogs='korean',
     rehearsal='data', base='gguffile rehearsal', checkpoints='runs', parallel='base', speed='scoring', train='checkpoints parallel scoring speed', merge='train',
-    proof='train server', export='proof', report='stats runs', eval='export report', bench='eval', hub='export report', cli='hub bench merge')
+    proof='train server', export='proof', talk='proof', report='stats runs', eval='export report', bench='eval', hub='export report', cli='hub bench merge talk')
 
 
 def reachable(module):
