@@ -6,15 +6,14 @@
 __all__ = ['benchmark']
 
 # %% ../nbs/bench.ipynb #8bdefbc2
-import copy, logging
+import logging
 from collections import Counter
-from importlib.resources import files
 from pathlib import Path
 
 from .recipe import Recipe
 from .stats import paired_difference, share_ci
 from .base import load_base, settle_dtype
-from .chat import pick_style
+from .chat import pick_style, with_turns
 from .train import load_tuned
 
 # %% ../nbs/bench.ipynb #19658130
@@ -37,14 +36,10 @@ def _ask(model, tok, tasks, style, limit=None, few_shots=0, batch_size=16):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    if style == 'chat' and not tok.chat_template:
-        template = files('kofinetune')/'assets'/'chat_template.jinja'
-        tok = copy.deepcopy(tok)
-        tok.chat_template = template.read_text(encoding='utf-8')
     made = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
-        apply_chat_template=style == 'chat',
+        model=HFLM(pretrained=model, tokenizer=with_turns(tok), batch_size=batch_size),
         tasks=list(tasks.values()), limit=limit, num_fewshot=few_shots,
+        apply_chat_template=style == 'chat',
         bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
     samples = [made['samples'][name] for name in tasks]
     usual = [max(Counter(s['target'] for s in task).values()) for task in samples]

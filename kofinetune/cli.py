@@ -109,14 +109,15 @@ def _print_table(title, names, rows):
 # %% ../nbs/cli.ipynb #586a0b21
 def _summarize(run):
     "Print some answers, what changed, and the lines to type next."
-    from kofinetune.report import headline
+    from kofinetune.report import render_page
     stages = read_manifest(run)['stages']
     report = stages['eval']['result']
     names = ('question', 'base', 'tuned', 'wanted')
     texts = [[textwrap.shorten(row[name], 80) for name in names]
              for row in report['examples'][-5:]]   # drawn by the seed
     _print_table('Five questions, none of them picked', names, texts)
-    typer.echo(f'{headline(report)}\n{report["base_note"]}\n'
+    said = render_page('headline.jinja', report=report)   # a whole line
+    typer.echo(f'{said}{report["base_note"]}\n'
                f'Report:   {run}/eval/report.md')
     if not (exported := stages.get('ollama')): return
     rows, made = read_jsonl(run/'eval'/'answers.jsonl'), exported['result']

@@ -11,7 +11,7 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
-from .prompt import turns
+from .messages import turns
 from .tables import parse_json, read_values
 
 # %% ../nbs/formats.ipynb #a77c6517

@@ -250,8 +250,7 @@ def _write_settings(folder, config, tokenizer, keys):
     from transformers import GenerationConfig
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    tokens, turns = (keys.get(f'tokenizer.{key}') for key in ('ggml.tokens',
-                                                              'chat_template'))
+    tokens, turns = keys['tokenizer.ggml.tokens'], keys.get('tokenizer.chat_template')
     settings = {f'{name}_token': tokens[getattr(config, f'{name}_token_id')]
                 for name in ('bos', 'eos', 'pad')}
     if turns: settings['chat_template'] = turns

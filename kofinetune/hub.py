@@ -13,7 +13,6 @@ from .prompt import format_prompt
 from .recipe import Recipe
 from .runs import need, read_manifest
 from .base import about_base
-from .chat import pick_style
 from .export import licences
 from .report import render_page
 
@@ -36,7 +35,7 @@ def _files(run, what):
 def _card(run, what='merged', repo='me/model'):
     "Write the model card, from the run's recipe, manifest and report."
     run, folder, record = Path(run), need(run, 'eval'), read_manifest(run)
-    recipe = pick_style(Recipe.load(run/'recipe.json'), run)
+    recipe = Recipe.load(run/'recipe.json')
     report = json.loads((folder/'report.json').read_text(encoding='utf-8'))
     modelfile = (need(run, 'ollama')/'Modelfile').read_text(encoding='utf-8')
     about = about_base(recipe.base)

@@ -94,14 +94,10 @@ def speech_level(
 # %% ../nbs/korean.ipynb #4e59dfe3
 _FOREIGN = re.compile(r'(?<![A-Za-z./_#@-])[a-z]{3,}(?![A-Za-z(./_=@-])'
                      r'|[\u0400-\u04ff\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff]')
-_ASKS_FOREIGN = re.compile(
-    r'영어|영문|번역|[가-힣]+어로|일본|중국|한자|언어|학명|철자|로마|코드|함수|프로그램|프로그래밍|쿼리'
-    r'|스크립트|파이썬|자바|자료형|데이터|알고리즘|정규|식을|공식|수학|계산|음계|변수|배열|클래스|명령'
-    r'|알파벳|문자|단어|약어|어근|웹|사이트|제목|책|노래|가사|영화|기사|리소스|니모닉|농담'
-    r'|발음|외래어|맞춤법|표기|스펠링|한문|성어|어원|유래|브랜드|상표|파일|확장자|주소|도메인|태그|신경망'
-    r'|설치|터미널|깃허브|개발자|프레임워크|라이브러리|패키지|[A-Za-z]{3,}')
 _wordings = (files('kofinetune')/'assets'/'wordings.toml').read_text(encoding='utf-8')
-_BORROWED = set(tomllib.loads(_wordings)['borrowed'][0].split())   # app, podcast, kcal
+_WORDS = tomllib.loads(_wordings)
+_ASKS_FOREIGN = re.compile('|'.join(_WORDS['asks_foreign']))
+_BORROWED = set(_WORDS['borrowed'][0].split())   # app, podcast, kcal
 _SOUND = re.compile('[æðŋøθɐ-ʯˈː]')   # letters and signs of the phonetic alphabet
 _GLOSS = re.compile(r'\[[^\[\]\n]*\]|(?<!\S)/[^/\n]+/')   # [tap], /tap/
 _CODE = re.compile(r'[{};]|==|->|<\w|\w\(\)|\bdef |\w=\w|\w\.js\b')

@@ -6,8 +6,7 @@
 __all__ = ['merge_into', 'compare_models', 'copy_tokenizer', 'merge_adapter']
 
 # %% ../nbs/02_merge.ipynb #07a7c480
-import json, shutil
-from importlib.resources import files
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,9 +14,8 @@ import torch
 from .recipe import Recipe
 from .runs import progress, stage
 from .data import rows_to_measure
-from .base import (about_base, base_path, free_memory, load_base,
-                             load_tokenizer, settle_dtype)
-from .chat import end_ids, pick_style
+from .base import base_path, free_memory, load_base, settle_dtype
+from .chat import check_adapter, pick_style, write_turns
 from .scoring import answer_states
 from .train import load_tuned
 
@@ -154,7 +152,7 @@ def copy_tokenizer(
     recipe: Recipe,  # base and revision
     folder: Path,    # where the files go
 ) -> list[str]:      # their names
-    "Copy every tokenizer file that the recipe's base has, or write a chat template."
+    "Copy every tokenizer file that the recipe's base has."
     from huggingface_hub import snapshot_download
     source = Path(base_path(recipe.base))
     if not source.is_dir():
@@ -162,25 +160,18 @@ def copy_tokenizer(
                                         allow_patterns=_TOKENIZER_FILES))
     found = sorted({path for files in _TOKENIZER_FILES for path in source.glob(files)})
     for path in found: shutil.copyfile(path, Path(folder)/path.name)
-    names, tok = [path.name for path in found], load_tokenizer(recipe)
-    if recipe.style != 'chat' or tok.chat_template: return names
-    text = (files('kofinetune')/'assets'/'chat_template.jinja').read_text('utf-8')
-    text = text.replace('<end_of_turn>', tok.decode(end_ids(tok, 'chat')[:1]))
-    (folder/'chat_template.jinja').write_text(text, encoding='utf-8', newline='\n')
-    return [*names, 'chat_template.jinja']
+    return [path.name for path in found]
 
 # %% ../nbs/02_merge.ipynb #cdad3915
 def _write_way(way, recipe, run, folder, rows, kept):
     "Merge in float32, write in the type of the base's file, compare what is read back."
     from transformers import AutoConfig
-    if way == 'copy': model, tok = load_tuned(recipe, run)
-    else: model, tok = load_base(recipe, 'none', torch.float32)
+    if way == 'copy': model, _ = load_tuned(recipe, run)
+    else: model, _ = load_base(recipe, 'none', torch.float32)
     if way == 'nf4': model = _through_nf4(model)
     if way != 'copy': model = merge_into(model, Path(run)/'adapter')
     stored = AutoConfig.from_pretrained(base_path(recipe.base), trust_remote_code=False,
                                         revision=recipe.revision or 'main')
-    if recipe.style == 'chat':
-        model.generation_config.eos_token_id = end_ids(tok, 'chat')
     model.to(stored.dtype).save_pretrained(folder)
     del model
     free_memory()
@@ -199,7 +190,7 @@ def merge_adapter(
     "Write `run/merged`: one model, the way that measures better, with its tokenizer."
     recipe = pick_style(recipe, run)
     def make(folder):
-        if not force: _check_named(recipe, run)
+        if not force: check_adapter(recipe, run)
         tried = ['16-bit', 'nf4']
         if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
         if recipe.adapter == 'none': tried = ['copy']
@@ -217,18 +208,8 @@ def merge_adapter(
         for way, report in ways.items():
             shutil.rmtree(folder/way)
             del report['row_nll']
+        names = copy_tokenizer(recipe, folder) + write_turns(recipe, folder)
         return ways[chosen] | dict(
             merge=chosen, why=why, ways=ways, rows=len(rows), held_out=held_out,
-            tokenizer_files=copy_tokenizer(recipe, folder))
+            tokenizer_files=names)
     return stage(recipe, run, 'merged', make, force)
-
-# %% ../nbs/02_merge.ipynb #69f02457
-def _check_named(recipe, run):
-    "Raise ValueError where an adapter names another base."
-    file = Path(run)/'adapter'/'adapter_config.json'
-    if recipe.adapter == 'none' or not file.is_file(): return
-    name = json.loads(file.read_bytes()).get('base_model_name_or_path')
-    mine = about_base(recipe.base)['name'], base_path(recipe.base)   # ours, or peft's
-    if name and Path(name).name not in [Path(one).name for one in mine]:
-        raise ValueError(f'{file.parent} was made for {name}, not {recipe.base}; to '
-                         f'merge them anyway: kofinetune merge --run {run} --force')

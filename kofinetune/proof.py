@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .prompt import format_prompt, turns
+from .messages import ollama_requests
+from .prompt import format_prompt
 from .recipe import Recipe
 from .runs import progress
 from .base import load_base, load_tokenizer
@@ -58,8 +59,8 @@ def _conversations(texts):
     short, rows = [text for text in texts if 0 < len(text.strip()) < 30], []
     for n in range(len(short)):
         roles = ['system'] * (n % 2) + ['user', 'assistant'] * (n // 2 % 6) + ['user']
-        said = [dict(role=role, content=short[(n + i) % len(short)])
-                for i, role in enumerate(roles)]
+        said = [dict(role=role, content=text)
+                for role, text in zip(roles, short[n:] + short[:n])]
         rows.append(dict(instruction=said[-1]['content'], input='', messages=said))
     return rows
 
@@ -210,7 +211,7 @@ def compare_texts(
     def rendered(row):
         return {_post(client, path, model=name, _debug_render_only=True, **room,
                       **request)['_debug_info']['rendered_template']
-                for path, request in _requests(row, style).items()}
+                for path, request in ollama_requests(row, style).items()}
     wrong = []
     with ollama_client('rendering prompts') as client, ThreadPoolExecutor(4) as pool:
         made = zip(rows, pool.map(rendered, rows))   # a request takes .15 s of one core
@@ -222,19 +223,6 @@ def compare_texts(
 def _post(client, path, **request):
     "Ask for what the client's own methods leave out of an answer."
     return client._request_raw('POST', path, json=dict(stream=False, **request)).json()
-
-# %% ../nbs/proof.ipynb #2f3fb948
-def _requests(row, style):
-    "Say how Ollama is asked a row: path -> request; a conversation by chat alone."
-    texts = dict(system=row['input'], user=row['instruction'])
-    said = [dict(role=who, content=text) for who, text in texts.items() if text]
-    if style == 'chat': said = [one for one in turns(row | dict(output=''))]
-    if said[-1]['role'] == 'assistant': said.pop()
-    *system, question = said
-    chat = {'/api/chat': dict(messages=said)}
-    if [one['role'] for one in system] not in ([], ['system']): return chat
-    given = ''.join(one['content'] for one in system)
-    return {'/api/generate': dict(prompt=question['content'], system=given)} | chat
 
 # %% ../nbs/proof.ipynb #3510bf40
 def verify_ollama(
@@ -255,7 +243,7 @@ def verify_ollama(
     with ollama_client('answering') as client:
         for row, prompt, ids in zip(progress(rows, 'Ollama answers'), prompts, wanted):
             options['num_predict'] = _LONGEST if len(seen) < asked else 1
-            path, request = [*_requests(row, style).items()][0]
+            path, request = next(iter(ollama_requests(row, style).items()))
             said = _post(client, path, model=name, options=options, logprobs=True,
                          top_logprobs=5, **request)
             seen.append(_read_ollama(said, tok, pieces, prompt, ids))

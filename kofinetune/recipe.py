@@ -123,11 +123,6 @@ class Recipe:
         return _TRAINER | self.trainer
 
 # %% ../nbs/recipe.ipynb #645c5cad
-_CHOICES = dict(
-    report_to=('none', 'tensorboard', 'trackio', 'wandb'), quant=('nf4', 'none'),
-    style=('auto', 'alpaca', 'blog', 'chat'), adapter=('lora', 'none'),
-    loss=('answer', 'whole'), dtype=('auto', 'bf16', 'fp32'),
-    merge=('auto', '16-bit', 'nf4'))
 _LEAST = dict(lora_r=1, max_length=8, batch_size=1, grad_accum=1, max_new_tokens=1,
               num_ctx=64)   # 0 of every other number
 
@@ -170,6 +165,7 @@ def _joint_faults(r):
 _presets = files('kofinetune')/'assets'/'presets.toml'
 _PRESETS = tomllib.loads(_presets.read_text(encoding='utf-8'))
 _COMMITS = _PRESETS.pop('commits')   # of bases on the Hub
+_CHOICES = _PRESETS.pop('choices')   # field -> its values
 
 def _nearest(name, known):
     "Guess which of `known` was meant: ' (do you mean ...?)', or ''."
