@@ -12,7 +12,6 @@ import argparse, tempfile, warnings, torch
 from pathlib import Path
 from peft import PeftConfig, PeftModel
 from kofinetune import Recipe, format_prompt, read_rows
-
 from kofinetune.base import load_base
 from kofinetune.export import licences, modelfile
 from kofinetune.gguffile import check_gguf, load_gguf, write_gguf

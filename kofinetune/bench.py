@@ -39,8 +39,8 @@ def _ask(model, tok, tasks, style, limit=None, few_shots=0, batch_size=16):
     made = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=with_turns(tok), batch_size=batch_size),
         tasks=list(tasks.values()), limit=limit, num_fewshot=few_shots,
-        apply_chat_template=style == 'chat',
-        bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
+        apply_chat_template=style == 'chat', bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False))
     samples = [made['samples'][name] for name in tasks]
     usual = [max(Counter(s['target'] for s in task).values()) for task in samples]
     asked = sum(samples, [])

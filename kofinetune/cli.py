@@ -116,9 +116,8 @@ def _summarize(run):
     texts = [[textwrap.shorten(row[name], 80) for name in names]
              for row in report['examples'][-5:]]   # drawn by the seed
     _print_table('Five questions, none of them picked', names, texts)
-    said = render_page('headline.jinja', report=report)   # a whole line
-    typer.echo(f'{said}{report["base_note"]}\n'
-               f'Report:   {run}/eval/report.md')
+    typer.echo(render_page('headline.jinja', report=report)   # a whole line
+               + f'{report["base_note"]}\nReport:   {run}/eval/report.md')
     if not (exported := stages.get('ollama')): return
     rows, made = read_jsonl(run/'eval'/'answers.jsonl'), exported['result']
     name = made['name'].removesuffix(':latest')

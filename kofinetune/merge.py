@@ -152,7 +152,7 @@ def copy_tokenizer(
     recipe: Recipe,  # base and revision
     folder: Path,    # where the files go
 ) -> list[str]:      # their names
-    "Copy every tokenizer file that the recipe's base has."
+    "Copy the base's tokenizer files; in style chat, write what else a model needs."
     from huggingface_hub import snapshot_download
     source = Path(base_path(recipe.base))
     if not source.is_dir():
@@ -160,7 +160,7 @@ def copy_tokenizer(
                                         allow_patterns=_TOKENIZER_FILES))
     found = sorted({path for files in _TOKENIZER_FILES for path in source.glob(files)})
     for path in found: shutil.copyfile(path, Path(folder)/path.name)
-    return [path.name for path in found]
+    return [path.name for path in found] + write_turns(recipe, folder)
 
 # %% ../nbs/02_merge.ipynb #cdad3915
 def _write_way(way, recipe, run, folder, rows, kept):
@@ -208,8 +208,7 @@ def merge_adapter(
         for way, report in ways.items():
             shutil.rmtree(folder/way)
             del report['row_nll']
-        names = copy_tokenizer(recipe, folder) + write_turns(recipe, folder)
         return ways[chosen] | dict(
             merge=chosen, why=why, ways=ways, rows=len(rows), held_out=held_out,
-            tokenizer_files=names)
+            tokenizer_files=copy_tokenizer(recipe, folder))
     return stage(recipe, run, 'merged', make, force)

@@ -6,15 +6,9 @@
 __all__ = ['HEADS', 'format_prompt', 'format_answer']
 
 # %% ../nbs/prompt.ipynb #43f95d83
-from importlib.resources import files
-
-from jinja2 import Template
-
-from .messages import turns
+from .messages import gemma_text
 
 # %% ../nbs/prompt.ipynb #b009fdef
-_file = files('kofinetune')/'assets'/'chat_template.jinja'
-_GEMMA_TURNS = Template(_file.read_text(encoding='utf-8'))
 HEADS = ('### Instruction:\n', '### Input:\n', '### Response:\n')
 
 def format_prompt(
@@ -22,10 +16,7 @@ def format_prompt(
     style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': where needed
 ) -> str:                   # what the model sees; the answer starts right after it
     "Write `row` as the text that the model has to continue; 'chat': in Gemma's turns."
-    if style == 'chat':
-        said = turns(row)
-        if said[-1]['role'] == 'assistant': said.pop()
-        return _GEMMA_TURNS.render(messages=said, add_generation_prompt=True)
+    if style == 'chat': return gemma_text(row)
     if style not in ('alpaca', 'blog'):
         raise ValueError(f'style is {style!r}; it is one of alpaca, blog, chat')
     (asks, gives, answers), given = HEADS, row.get('input', '')

@@ -8,7 +8,7 @@ __all__ = ['score_tokens', 'generate', 'answer_states', 'answer_nll']
 # %% ../nbs/scoring.ipynb #6d4d5dab
 from .prompt import format_answer
 from .runs import progress
-from .chat import end_ids, pieces
+from .chat import end_ids, tokenize
 
 # %% ../nbs/scoring.ipynb #c773fd2c
 def score_tokens(
@@ -53,7 +53,8 @@ def generate(
 ) -> list[dict]:               # of each row: answer, and stopped (by itself)
     "Answer every row greedily."
     import torch
-    prompts, ends = [_cut(row, tok, style)[0] for row in rows], end_ids(tok, style)
+    cut, ends = (tokenize(row, tok, style) for row in rows), end_ids(tok, style)
+    prompts = [ids[:start] for ids, _, start in cut]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers = [None] * len(rows)
     for start in progress(range(0, len(order), batch_size), what):
@@ -69,11 +70,6 @@ def generate(
             answers[i] = dict(answer=tok.decode(new[:end], skip_special_tokens=True),
                               stopped=end is not None)
     return answers
-
-def _cut(row, tok, style):
-    "The ids in front of a row's last answer, and those of the answer."
-    *before, (answer, _) = pieces(row, tok, style)
-    return [i for part, _ in before for i in part], answer
 
 # %% ../nbs/scoring.ipynb #89e18add
 def _batches(texts, max_length, batch_tokens):
@@ -97,13 +93,13 @@ def answer_states(
 ):                             # yields (row of each token, states in front, the tokens)
     "Run `model` on `rows`, and yield what it makes of answer tokens and terminator."
     import torch
-    cut = [_cut(row, tok, style) for row in rows]
-    texts = [prompt + answer for prompt, answer in cut]
+    made = [tokenize(row, tok, style) for row in rows]
+    texts = [ids for ids, _, _ in made]
     for chosen in progress(_batches(texts, max_length, batch_tokens), what):
         ids = dict(input_ids=[texts[i] for i in chosen])
         batch = tok.pad(ids, padding_side='right', return_tensors='pt').to(model.device)
         answer = batch['attention_mask'].bool()
-        for i, tokens in zip(chosen, answer): tokens[:len(cut[i][0])] = False
+        for i, tokens in zip(chosen, answer): tokens[:made[i][2]] = False
         with torch.inference_mode():
             states = model.get_decoder()(**batch, use_cache=False).last_hidden_state
         row = torch.tensor(chosen, device=answer.device)[:, None].expand_as(answer)

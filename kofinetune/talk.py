@@ -47,11 +47,10 @@ _SAMPLING = dict(top_k=40, top_p=.9)   # as Ollama does, where the temperature i
 
 def _ask_transformers(model, tok, recipe, row, write):
     "Let a model of transformers answer, with the recipe's temperature."
-    from kofinetune.chat import end_ids, pieces
-    *asked, _ = pieces(row, tok, recipe.style)   # without an answer
-    ids, new, shown = sum((part for part, _ in asked), []), [], ['']
-    if (length := len(ids)) > recipe.num_ctx:
-        raise _TooLong(f'the prompt has {length:,} tokens; num_ctx is {recipe.num_ctx}')
+    from kofinetune.chat import end_ids, tokenize
+    (ids, _, start), new, shown = tokenize(row, tok, recipe.style), [], ['']
+    if start > recipe.num_ctx:
+        raise _TooLong(f'the prompt has {start:,} tokens; num_ctx is {recipe.num_ctx}')
     def put(tokens):   # first the prompt, then one token at a time
         if tokens.dim() > 1: return
         new.extend(tokens.tolist())
@@ -62,7 +61,7 @@ def _ask_transformers(model, tok, recipe, row, write):
     options = dict(do_sample=False)
     if recipe.temperature:
         options = dict(do_sample=True, temperature=recipe.temperature, **_SAMPLING)
-    batch = tok.pad(dict(input_ids=[ids]), return_tensors='pt').to(model.device)
+    batch = tok.pad(dict(input_ids=[ids[:start]]), return_tensors='pt').to(model.device)
     model.generate(**batch, **options, max_new_tokens=recipe.max_new_tokens,
                    eos_token_id=end_ids(tok, recipe.style),
                    pad_token_id=tok.pad_token_id,

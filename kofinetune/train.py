@@ -14,7 +14,7 @@ import torch
 from .recipe import Recipe
 from .base import (about_base, load_base, peak_memory, pick_device,
                              settle_dtype)
-from .chat import pick_style, pieces
+from .chat import pick_style, tokenize
 logging.getLogger('bitsandbytes.backends.cpu').setLevel('ERROR')   # an unused kernel
 
 # %% ../nbs/01_qlora_train.ipynb #fc063f88
@@ -26,9 +26,7 @@ def encode(
     max_length: int = 512,  # tokens
 ) -> dict | None:           # input_ids and labels, (tokens,) each; None if too long
     "Turn `row` into token ids and labels."
-    parts = pieces(row, tok, style, loss)   # the prompt's ids, then the answer's
-    ids = [i for part, _ in parts for i in part]
-    labels = [i if graded else -100 for part, graded in parts for i in part]
+    ids, labels, _ = tokenize(row, tok, style, loss)
     if loss == 'whole': ids, labels = ids[:max_length], labels[:max_length]
     return dict(input_ids=ids, labels=labels) if len(ids) <= max_length else None
 

@@ -1,6 +1,7 @@
 "Conversations: which text, which tokens are in the loss, where an answer ends, which style a base gets, and every stage on them."
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_bases import other_base
 from kofinetune import chat, cli
 from kofinetune.audit import audit
 from kofinetune.base import base_path, load_base, load_tokenizer
-from kofinetune.chat import end_ids, pick_style, pieces, turns
+from kofinetune.chat import end_ids, pick_style, tokenize, turns
 from kofinetune.data import clean_rows, prepare, split_rows
 from kofinetune.eval import evaluate
 from kofinetune.export import export_ollama, modelfile
@@ -38,6 +39,15 @@ def conversation(pairs=2, system='짧게.', n=0):
     for i in range(pairs):
         said += [dict(role='user', content=f'{n}번 손님의 질문 {i}'), dict(role='assistant', content=f'{n}번 손님께 답 {i}.')]
     return dict(instruction=said[-2]['content'], input='', output=said[-1]['content'], messages=said)
+
+
+def pieces(row, tok, style):
+    "Cut what `tokenize` makes of a row: (ids, whether they are in the loss) of each piece."
+    ids, labels, start = tokenize(row, tok, style)
+    assert all(label in (i, -100) for i, label in zip(ids, labels))
+    made = [([i for i, _ in group], graded) for graded, group in groupby(zip(ids, labels), key=lambda one: one[1] != -100)]
+    assert made[-1] == (ids[start:], True)
+    return made
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +98,7 @@ def test_the_other_styles_see_the_last_question_and_keep_their_ids(tok):
     row = conversation()
     plain = {name: row[name] for name in ('instruction', 'input', 'output')}
     for style in ('alpaca', 'blog'): assert encode(row, tok, style) == encode(plain, tok, style)
-    assert pieces(plain, tok)[-1][0][-1] == tok.eos_token_id and end_ids(tok) == [tok.eos_token_id]
+    assert pieces(plain, tok, 'alpaca')[-1][0][-1] == tok.eos_token_id and end_ids(tok) == [tok.eos_token_id]
     assert tok.convert_ids_to_tokens(end_ids(tok, 'chat')) == ['<end_of_turn>', '<eos>']
 
 

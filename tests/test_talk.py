@@ -182,16 +182,16 @@ def chatting(rehearsal_run, tmp_path):
 
 def test_in_style_chat_a_second_question_sees_the_first(chatting, alone, monkeypatch, capsys):
     "What llama.cpp is sent, and what transformers reads: all turns so far, in Gemma's form."
-    sent, read, stream, cut = [], [], talk._stream, kofinetune.chat.pieces
+    sent, read, stream, cut = [], [], talk._stream, kofinetune.chat.tokenize
     def post(client, path, write, **request):
         sent.append(request['prompt'])
         return stream(client, path, write, **request)
     def tokens(row, tok, style):
         made = cut(row, tok, style)
-        read.append(tok.decode(sum((ids for ids, _ in made[:-1]), [])))
+        read.append(tok.decode(made[0][:made[2]]))
         return made
     monkeypatch.setattr(talk, '_stream', post)
-    monkeypatch.setattr(kofinetune.chat, 'pieces', tokens)
+    monkeypatch.setattr(kofinetune.chat, 'tokenize', tokens)
     typed(monkeypatch, APPLE, PRICE, '/clear', PRICE)
     chat(chatting, 'both')
     assert 'asked alone' not in capsys.readouterr().out
