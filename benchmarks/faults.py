@@ -320,7 +320,7 @@ def download(scratch, first):
     import pooch.downloaders
     rows = write_jsonl(data.load_rows('rehearsal')[:80], scratch/'remote.jsonl')
     server = Breaking(lambda method, path, headers, body: (200, {}, rows.read_bytes()))
-    remote = dict(url=server.url + '/remote.jsonl', blob=data.git_blob_id(rows))
+    remote = dict(url=server.url + '/remote.jsonl', blob=data._git_blob_id(rows))
     def before():
         no_proxy()
         data._SOURCES, pooch.downloaders.DEFAULT_TIMEOUT = {'koalpaca-v1.0': remote}, 1

@@ -12,7 +12,6 @@ import argparse, tempfile, warnings, torch
 from pathlib import Path
 from peft import PeftConfig, PeftModel
 from kofinetune import Recipe, format_prompt, read_rows
-from kofinetune.prompt import STYLES
 from kofinetune.base import load_base
 from kofinetune.export import licences, modelfile
 from kofinetune.gguffile import check_gguf, load_gguf, write_gguf
@@ -23,7 +22,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 for name in ('adapter', 'rows', 'out'): parser.add_argument(name, type=Path)
 parser.add_argument('--base', default='', help='default: what adapter_config.json names')
 parser.add_argument('--revision', default='', help='the commit of a base on the Hub')
-parser.add_argument('--style', default='alpaca', choices=STYLES, help='how its training prompts were written')
+parser.add_argument('--style', default='alpaca', choices=('alpaca', 'blog', 'chat'), help='how its training prompts were written')
 parser.add_argument('--force', action='store_true', help='merge into --base even if adapter_config.json names another one')
 warnings.simplefilter('ignore')
 

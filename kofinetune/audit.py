@@ -14,14 +14,14 @@ from itertools import combinations
 import numpy as np
 
 from .prompt import HEADS
-from .korean import code_switching, has_hangul, speech_level
+from .korean import code_switching, speech_level
 
 # %% ../nbs/audit.ipynb #b16e369b
 def _empty_answer(row): return not row['output'].strip()
 
 def _no_hangul(row):
     "Find an answer without any Hangul: a number, code, or another language."
-    return bool(row['output'].strip()) and not has_hangul(row['output'])
+    return bool(row['output'].strip()) and not re.search('[가-힣ㄱ-ㆎ]', row['output'])
 
 def _echoes_question(row):
     "Find an answer that only repeats the input or the instruction."

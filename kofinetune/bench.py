@@ -12,7 +12,9 @@ from pathlib import Path
 
 from .recipe import Recipe
 from .stats import paired_difference, share_ci
-from .eval import load_evaluated
+from .base import load_base, settle_dtype
+from .chat import pick_style, with_turns
+from .train import load_tuned
 
 # %% ../nbs/bench.ipynb #19658130
 _BENCHMARKS = ('kobest', 'haerae', 'kmmlu')
@@ -29,15 +31,16 @@ def _load_tasks(name):
     return known.load(name)['tasks']
 
 # %% ../nbs/bench.ipynb #913c0d96
-def _ask(model, tok, tasks, limit=None, few_shots=0, batch_size=16):
+def _ask(model, tok, tasks, style, limit=None, few_shots=0, batch_size=16):
     "Let the harness ask a model, and set the chance line beside what it got right."
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     made = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tok, batch_size=batch_size),
+        model=HFLM(pretrained=model, tokenizer=with_turns(tok), batch_size=batch_size),
         tasks=list(tasks.values()), limit=limit, num_fewshot=few_shots,
-        bootstrap_iters=0, task_manager=TaskManager(include_defaults=False))
+        apply_chat_template=style == 'chat', bootstrap_iters=0,
+        task_manager=TaskManager(include_defaults=False))
     samples = [made['samples'][name] for name in tasks]
     usual = [max(Counter(s['target'] for s in task).values()) for task in samples]
     asked = sum(samples, [])
@@ -56,13 +59,15 @@ def benchmark(
     **options,                    # limit (questions a task), few_shots, batch_size
 ) -> dict:                        # name -> base, tuned, difference, difference_ci
     "Ask a run's base and tuned models the questions of benchmarks."
+    recipe = settle_dtype(pick_style(recipe, run), run)
     loaded = {name['task'] if isinstance(name, dict) else Path(name).stem:
               _load_tasks(name) for name in names}
     result = {name: {} for name in loaded}
     for kind in ('base', 'tuned'):
-        model, tok = load_evaluated(kind, recipe, run)
+        if kind == 'base': model, tok = load_base(recipe, quant='none')
+        else: model, tok = load_tuned(recipe, run)
         for name, tasks in loaded.items():
-            result[name][kind] = _ask(model, tok, tasks, **options)
+            result[name][kind] = _ask(model, tok, tasks, recipe.style, **options)
         del model       # one in memory at a time
     for seen in result.values():
         base, tuned = ([dict(match=right, rows=1) for right in seen[kind]['correct']]

@@ -78,12 +78,14 @@ def _run_all(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET
              force: bool = _FORCE):
     "Every stage in order, skipping the finished ones, and a table at the end."
     from kofinetune.base import check_base
+    from kofinetune.chat import pick_style
     from kofinetune.server import check_name
     from kofinetune.train import check_options
     chosen, where = _resolve(recipe, run, settings)
     check_name(chosen.ollama_name or f'kofinetune-{chosen.name}')
     if force or 'adapter' not in read_manifest(where)['stages']:
         check_base(chosen, where)
+        pick_style(chosen, exported='none' not in chosen.gguf)
     check_options(chosen)
     for number, made in enumerate(STAGES.values(), 1):
         if made.command == 'export' and 'none' in chosen.gguf: continue
@@ -107,15 +109,15 @@ def _print_table(title, names, rows):
 # %% ../nbs/cli.ipynb #586a0b21
 def _summarize(run):
     "Print some answers, what changed, and the lines to type next."
-    from kofinetune.report import headline
+    from kofinetune.report import render_page
     stages = read_manifest(run)['stages']
     report = stages['eval']['result']
     names = ('question', 'base', 'tuned', 'wanted')
     texts = [[textwrap.shorten(row[name], 80) for name in names]
              for row in report['examples'][-5:]]   # drawn by the seed
     _print_table('Five questions, none of them picked', names, texts)
-    typer.echo(f'{headline(report)}\n{report["base_note"]}\n'
-               f'Report:   {run}/eval/report.md')
+    typer.echo(render_page('headline.jinja', report=report)   # a whole line
+               + f'{report["base_note"]}\nReport:   {run}/eval/report.md')
     if not (exported := stages.get('ollama')): return
     rows, made = read_jsonl(run/'eval'/'answers.jsonl'), exported['result']
     name = made['name'].removesuffix(':latest')

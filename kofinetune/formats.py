@@ -11,6 +11,7 @@ from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
+from .messages import turns
 from .tables import parse_json, read_values
 
 # %% ../nbs/formats.ipynb #a77c6517
@@ -65,11 +66,13 @@ def _check_text(meaning, name, text):
 
 def _check(row, names):
     "Check the fields of a row, and list notes on what is odd."
-    for meaning, text in row.items():
+    texts = {meaning: text for meaning, text in row.items() if meaning != 'messages'}
+    for meaning, text in texts.items():
         _check_text(meaning, names.get(meaning, meaning), text)
     if not row['instruction'].strip():
         raise _Fault('instruction: empty', ': the instruction is empty')
-    odd = set(_ODD.findall(''.join(row.values())))
+    said = [one['content'] for one in row.get('messages', ())]
+    odd = set(_ODD.findall(''.join([*texts.values(), *said])))
     return [f'a text has U+{ord(c):04X}, which nobody types' for c in odd]
 
 # %% ../nbs/formats.ipynb #d896137d
@@ -118,28 +121,40 @@ def _decoded(text):
         raise _Fault('turns: not JSON', text) from None
 
 # %% ../nbs/formats.ipynb #31bc04be
-def _answers(turns):
-    "Make a row of each question and its answer; list what is left out, and notes."
-    asked, given, rows, left_out, notes = [], '', [], [], []
-    for meaning, text, extra in turns:
+def _answers(spoken):
+    "Make a row of a conversation; list what is left out, and notes."
+    asked, given, said, system, left_out, notes = [], '', [], [], [], []
+    for meaning, text, extra in spoken:
         left_out += extra
         _check_text('content', f'turn of {meaning}', text)
         if meaning == 'input': given += ('\n\n' if given else '') + text
         elif meaning == 'instruction': asked += [text] if text.strip() else []
         elif meaning == 'output' and asked:
-            if rows: left_out.append('earlier turns')
             if len(asked) > 1: notes.append('questions in a row, joined')
-            rows.append(dict(instruction='\n\n'.join(asked), input=given, output=text))
+            said.append(dict(instruction='\n\n'.join(asked), input=given, output=text))
             asked, given = [], ''
         elif meaning == 'output': left_out.append('answer without a question')
         elif meaning == 'skipped':
             left_out.append('turn of weight 0')
             asked, given = [], ''
+        elif meaning == 'system':
+            if text.strip() and text not in system: system.append(text)
         elif text.strip(): left_out.append(meaning)
-    if not rows: raise _Fault('turns: no answer', ': no question has an answer')
+    if not said: raise _Fault('turns: no answer', ': no question has an answer')
     if asked: left_out.append('question without an answer')
     elif given: left_out.append('input without a question')
-    return rows, left_out, notes
+    return _conversation(system, said, notes), left_out, notes
+
+# %% ../nbs/formats.ipynb #f3dc6037
+def _conversation(system, pairs, notes):
+    "Make a row of the last question and answer, and of all messages."
+    row, head = dict(pairs[-1]), dict(role='system', content='\n\n'.join(system))
+    for what, there in (('system texts', system), ('earlier turns', pairs[1:])):
+        if there: notes.append(f'{what} are read in style chat only')
+    if system or pairs[1:]:
+        said = sum(map(turns, pairs), [])
+        row['messages'] = turns(dict(messages=[head] * bool(system) + said))
+    return row
 
 # %% ../nbs/formats.ipynb #5bfc33c1
 _HEADS = [re.compile(head) for head in _SHAPES['heads'].values()]
@@ -169,9 +184,8 @@ def _pair(row, found):
     "Make a row of a question and its answer: (row, meaning -> name)."
     given = 'input' if 'instruction' in found else None   # alone, it is the question
     names = {'instruction': _name(row, found, 'instruction' if given else 'input')}
-    for meaning in (given, 'output', 'kind'):
+    for meaning in (given, 'output'):
         if meaning in found: names[meaning] = _name(row, found, meaning)
-    if 'kind' in names and not isinstance(row[names['kind']], str): del names['kind']
     made = dict(instruction=row[names['instruction']], input='')
     made |= {meaning: row[name] for meaning, name in names.items()}
     if _blank(made['input']): made['input'] = ''
@@ -194,8 +208,10 @@ def _shape(row, found, fields):
     is_alpaca = max(ranks.get(name, 9) for name in ('instruction', 'output')) < 2
     for how in ('messages', 'text'):
         if ranks.get(how) == 0: return how       # mapped
-    if not is_alpaca and not _blank(held.get('messages')): return 'messages'
-    answer = held.get('output')
+    answer, said = held.get('output'), held.get('messages')
+    last = [dict(role='assistant', content=answer)]   # as we write it
+    own = isinstance(said, list) and said[-1:] == last
+    if not _blank(said) and (own or not is_alpaca): return 'messages'
     if isinstance(answer, list) and isinstance([*answer, 0][0], dict): return 'output'
     if 'output' in held and held.keys() & {'instruction', 'input'}: return 'pair'
     if 'text' in held: return 'text'
@@ -214,28 +230,54 @@ def _turns_of(row, found, how):
             names, turns = {'instruction': name} | names, row[name] + turns
     return names, _turns(turns)
 
+# %% ../nbs/formats.ipynb #3e2fc451
+def _earlier(row, found):
+    "List the turns of a row's own system text and history: (turns, meaning -> name)."
+    names = {meaning: _name(row, found, meaning) for meaning in ('system', 'history')
+             if meaning in found}
+    held, said = {meaning: row[name] for meaning, name in names.items()}, []
+    system, history = held.get('system'), held.get('history')
+    if isinstance(history, str) and history.strip()[:1] == '[':   # in a cell
+        history = _decoded(history)
+    if isinstance(system, str) and system.strip(): said.append(('system', system, []))
+    else: names.pop('system', None)
+    if not isinstance(history, list) or not history: names.pop('history', None)
+    else: said += _turns([dict(zip(('user', 'assistant'), one)) if
+                          isinstance(one, list) and len(one) == 2 else one
+                          for one in history])   # a pair is a question and its answer
+    return said, names
+
 # %% ../nbs/formats.ipynb #e2b74206
 def _read_row(value, fields):
-    "Make rows of what a file holds: (rows, how, meaning -> name, left out, notes)."
+    "Make a row of what a file holds: (row, how, meaning -> name, left out, notes)."
     if isinstance(value, ValueError): raise _Fault(*value.args)
     if not isinstance(value, dict):
         held = f' is {type(value).__name__}'
         raise _Fault('no object', f'{held}, not an object with instruction and output')
     found, notes, left_out = _find(value, fields), [], []
-    if (how := _shape(value, found, fields)) == 'pair':
+    how = _shape(value, found, fields)
+    earlier, used = _earlier(value, found)
+    if how == 'pair':
         row, names = _pair(value, found)
-        rows = [row]
+        _check(row, names)
+        own = [(*one, []) for one in row.items()]
+        if used: row, left_out, notes = _answers(earlier + own)
     else:
         names, turns = _turns_of(value, found, how)
-        rows, left_out, notes = _answers(turns)
+        row, left_out, notes = _answers([*earlier, *turns])
         if how == 'text' and {'answer without a question', 'input without a question'
                               } & set(left_out):
             raise _Fault('text: headings', ': headings in the answer cannot be told '
                          'from those around it')
-    for row in rows: notes += _check(row, names)
+    names |= used
+    if how == 'messages' and value.get('output') == row['output']:
+        names |= {name: name for name in ('instruction', 'input', 'output')}
+    kind = found.get('kind', [(0, None)])[0][1]   # beside messages too
+    if isinstance(value.get(kind), str): row['kind'], names['kind'] = value[kind], kind
+    notes += _check(row, names)
     left_out += [name for name, held in value.items()
                  if name not in names.values() and not _blank(held)]
-    return rows, how, names, left_out, notes
+    return row, how, names, left_out, notes
 
 # %% ../nbs/formats.ipynb #cc74bfb0
 def _mapping(fields):
@@ -252,8 +294,7 @@ def _understood(shapes, left_out, notes):
     for how, seen in shapes.items():
         called = ', '.join(name if meaning in (how, _plain(name)) else
                            f'{name} as {meaning}' for meaning, name in seen['names'])
-        of = {'pair': '', 'text': f' of {seen["records"]:,} texts'}
-        of = of.get(how, f' of {seen["records"]:,} conversations')
+        of = {'pair': '', 'text': ' of texts'}.get(how, ' of conversations')
         said.append(f'{called}: {seen["rows"]:,} rows{of}')
     lost = ', '.join(f'{name} ({n:,})' for name, n in left_out.items())
     if lost: said.append(f'left out: {lost}')
@@ -270,16 +311,15 @@ def validate_rows(
     faults, notes, left_out, met, shapes = Counter(), Counter(), Counter(), set(), {}
     for where, value in read_values(path, left_out, notes):
         if isinstance(value, dict): met.update(map(_plain, value))
-        try: rows, how, names, lost, odd = _read_row(value, mapped)
+        try: row, how, names, lost, odd = _read_row(value, mapped)
         except _Fault as e:
             kind, text = e.args
             faults[kind] += 1
             if len(first) < 20: first.append(where + text)
             continue
-        kept += rows
-        seen = shapes.setdefault(how, dict(rows=0, records=0, names={}))
-        seen['rows'] += len(rows)
-        seen['records'] += 1
+        kept.append(row)
+        seen = shapes.setdefault(how, dict(rows=0, names={}))
+        seen['rows'] += 1
         seen['names'].update(dict.fromkeys(names.items()))
         left_out.update(lost)
         notes.update(odd)

@@ -245,13 +245,15 @@ def _matched(model, tensors):
     if stored: raise ValueError(f'it holds {[*stored][0]}, which Gemma 3 does not have')
 
 # %% ../nbs/gguffile.ipynb #40506a65
-def _write_settings(folder, config, tokenizer, tokens):
+def _write_settings(folder, config, tokenizer, keys):
     "Write all but the weights. The terminator is the file's own: `<eos>` for the base."
     from transformers import GenerationConfig
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
+    tokens, turns = keys['tokenizer.ggml.tokens'], keys.get('tokenizer.chat_template')
     settings = {f'{name}_token': tokens[getattr(config, f'{name}_token_id')]
                 for name in ('bos', 'eos', 'pad')}
+    if turns: settings['chat_template'] = turns
     settings |= _GEMMA['tokenizer_config']
     settings |= dict(model_max_length=config.max_position_embeddings)
     for name, made in (('tokenizer', tokenizer), ('tokenizer_config', settings)):
@@ -277,7 +279,7 @@ def unpack_gguf(
                          'in Q4_K_M, Q8_0, F16 or BF16') from None
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder/'model.safetensors', metadata=dict(format='pt'))
-    _write_settings(folder, config, tokenizer, keys['tokenizer.ggml.tokens'])
+    _write_settings(folder, config, tokenizer, keys)
     return dict(name=keys.get('general.name', ''),
                 types=sorted({t['type'] for t in tensors if len(t['shape']) > 1}))
 

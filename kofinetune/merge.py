@@ -15,6 +15,7 @@ from .recipe import Recipe
 from .runs import progress, stage
 from .data import rows_to_measure
 from .base import base_path, free_memory, load_base, settle_dtype
+from .chat import check_adapter, pick_style, write_turns
 from .scoring import answer_states
 from .train import load_tuned
 
@@ -151,7 +152,7 @@ def copy_tokenizer(
     recipe: Recipe,  # base and revision
     folder: Path,    # where the files go
 ) -> list[str]:      # their names
-    "Copy every tokenizer file that the recipe's base has."
+    "Copy the base's tokenizer files; in style chat, write what else a model needs."
     from huggingface_hub import snapshot_download
     source = Path(base_path(recipe.base))
     if not source.is_dir():
@@ -159,7 +160,7 @@ def copy_tokenizer(
                                         allow_patterns=_TOKENIZER_FILES))
     found = sorted({path for files in _TOKENIZER_FILES for path in source.glob(files)})
     for path in found: shutil.copyfile(path, Path(folder)/path.name)
-    return [path.name for path in found]
+    return [path.name for path in found] + write_turns(recipe, folder)
 
 # %% ../nbs/02_merge.ipynb #cdad3915
 def _write_way(way, recipe, run, folder, rows, kept):
@@ -187,7 +188,9 @@ def merge_adapter(
     force: bool = False,  # merge again
 ) -> dict:                # what `compare_models` says of the way; merge, why, ways, ...
     "Write `run/merged`: one model, the way that measures better, with its tokenizer."
+    recipe = pick_style(recipe, run)
     def make(folder):
+        if not force: check_adapter(recipe, run)
         tried = ['16-bit', 'nf4']
         if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
         if recipe.adapter == 'none': tried = ['copy']

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .messages import ollama_requests
 from .prompt import format_prompt
 from .recipe import Recipe
 from .runs import progress
@@ -41,12 +42,27 @@ def serve_gguf(
         yield client
 
 # %% ../nbs/proof.ipynb #211a7864
-def difficult_rows() -> list[dict]:  # rows without an answer
+def difficult_rows(
+    style: str = 'alpaca',  # as trained; 'chat': conversations too
+) -> list[dict]:            # rows without an answer
     "Make rows whose text is easily damaged between a prompt and its tokens."
     path = files('kofinetune')/'assets'/'difficult.json'
     texts = json.loads(path.read_text(encoding='utf-8'))
     alone = [dict(instruction=text, input='') for text in texts]
-    return alone + [dict(instruction='고치세요.', input=text) for text in texts]
+    alone += [dict(instruction='고치세요.', input=text) for text in texts]
+    if style != 'chat': return alone
+    return [row for row in alone if row['instruction'].strip()] + _conversations(texts)
+
+# %% ../nbs/proof.ipynb #e3dad2a0
+def _conversations(texts):
+    "Make conversations of 1 to 6 questions; every other one has a system text."
+    short, rows = [text for text in texts if 0 < len(text.strip()) < 30], []
+    for n in range(len(short)):
+        roles = ['system'] * (n % 2) + ['user', 'assistant'] * (n // 2 % 6) + ['user']
+        said = [dict(role=role, content=text)
+                for role, text in zip(roles, short[n:] + short[:n])]
+        rows.append(dict(instruction=said[-1]['content'], input='', messages=said))
+    return rows
 
 # %% ../nbs/proof.ipynb #2172655f
 def _round_like(values, dtype):
@@ -191,14 +207,11 @@ def compare_texts(
     style: str = 'alpaca',  # as trained
 ) -> dict:                  # checked, different, examples
     "Compare what Ollama renders, by generate and by chat, with `format_prompt`."
+    room = dict(options=dict(num_ctx=8192)) if style == 'chat' else {}   # else: cut
     def rendered(row):
-        said = dict(system=row['input'], user=row['instruction'])
-        chat = [dict(role=who, content=text) for who, text in said.items() if text]
-        asked = {'/api/chat': dict(messages=chat), '/api/generate': dict(
-            prompt=row['instruction'], system=row['input'])}
-        return {_post(client, path, model=name, _debug_render_only=True,
+        return {_post(client, path, model=name, _debug_render_only=True, **room,
                       **request)['_debug_info']['rendered_template']
-                for path, request in asked.items()}
+                for path, request in ollama_requests(row, style).items()}
     wrong = []
     with ollama_client('rendering prompts') as client, ThreadPoolExecutor(4) as pool:
         made = zip(rows, pool.map(rendered, rows))   # a request takes .15 s of one core
@@ -230,9 +243,9 @@ def verify_ollama(
     with ollama_client('answering') as client:
         for row, prompt, ids in zip(progress(rows, 'Ollama answers'), prompts, wanted):
             options['num_predict'] = _LONGEST if len(seen) < asked else 1
-            said = _post(client, '/api/generate', model=name, options=options,
-                         prompt=row['instruction'], system=row['input'], logprobs=True,
-                         top_logprobs=5)
+            path, request = next(iter(ollama_requests(row, style).items()))
+            said = _post(client, path, model=name, options=options, logprobs=True,
+                         top_logprobs=5, **request)
             seen.append(_read_ollama(said, tok, pieces, prompt, ids))
     return _compare(model_dir, seen, asked, dtype, server=server_version(),
                     engine='ollama', text=compare_texts(name, texts or rows, style))
@@ -243,9 +256,10 @@ def _read_ollama(said, tok, pieces, prompt, ids):
     if not said['done']:
         raise RuntimeError(f'Ollama at {server_url()} broke off an answer (done: false)'
                            '; see what it printed, then run the same command again')
-    count, text, numbers = len(ids) - 1, said['response'], said.get('logprobs') or []
+    count, numbers = len(ids) - 1, said.get('logprobs') or []
+    text = said['response'] if 'response' in said else said['message']['content']
     both = tok(prompt + text, add_special_tokens=False)['input_ids']
-    same = said['context'][:count] == both[:count]
+    same = said.get('context', both)[:count] == both[:count]   # chat: counted alone
     bos = said['prompt_eval_count'] - count if same else 1   # other tokens say nothing
     answer = tok(text, add_special_tokens=False)['input_ids']
     if [tok.decode([i]) for i in answer] != [t['token'] for t in numbers]: answer = None

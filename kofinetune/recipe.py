@@ -28,7 +28,7 @@ class Recipe:
     name: str = 'rehearsal'      # of the run; the default run folder is runs/<name>
     base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a Hub name
     source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, your rows
-    style: str = 'alpaca'        # blog: always an Input section; alpaca: where needed
+    style: str = 'auto'          # chat, alpaca, blog; auto: chat if base has a template
     rows: int = 0                # take the first so many rows; 0 takes all
     valid_rows: float = 0.1      # rows held out of training; below 1: a share of all
     epochs: float = 3.0          # passes over the training rows
@@ -100,7 +100,8 @@ class Recipe:
     def replace(self, **changes) -> 'Recipe':
         "Copy the recipe with some fields changed; those that are dicts gain keys."
         values = asdict(self)
-        if changes.get('base', self.base) != self.base: values['revision'] = ''
+        if (base := changes.get('base', self.base)) != self.base:
+            values['revision'] = _COMMITS.get(base, '')
         if changes.get('source', self.source) != self.source and self.valid_rows > 1:
             values['valid_rows'] = Recipe.valid_rows   # as that was for other rows
         for name, value in changes.items():
@@ -122,10 +123,6 @@ class Recipe:
         return _TRAINER | self.trainer
 
 # %% ../nbs/recipe.ipynb #645c5cad
-_CHOICES = dict(
-    report_to=('none', 'tensorboard', 'trackio', 'wandb'), style=('alpaca', 'blog'),
-    quant=('nf4', 'none'), adapter=('lora', 'none'), loss=('answer', 'whole'),
-    dtype=('auto', 'bf16', 'fp32'), merge=('auto', '16-bit', 'nf4'))
 _LEAST = dict(lora_r=1, max_length=8, batch_size=1, grad_accum=1, max_new_tokens=1,
               num_ctx=64)   # 0 of every other number
 
@@ -167,6 +164,8 @@ def _joint_faults(r):
 # %% ../nbs/recipe.ipynb #f853d522
 _presets = files('kofinetune')/'assets'/'presets.toml'
 _PRESETS = tomllib.loads(_presets.read_text(encoding='utf-8'))
+_COMMITS = _PRESETS.pop('commits')   # of bases on the Hub
+_CHOICES = _PRESETS.pop('choices')   # field -> its values
 
 def _nearest(name, known):
     "Guess which of `known` was meant: ' (do you mean ...?)', or ''."

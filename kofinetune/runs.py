@@ -163,11 +163,8 @@ def without_secrets(
     return text
 
 # %% ../nbs/runs.ipynb #82df3856
-def note(
-    run: Path,   # a run folder
-    text: str,
-):
-    "Add a line to `run/log.txt`, once a stage is done; a full disk stops nothing."
+def note(run: Path, text: str):
+    "Add a line to the run's log once a stage is done; a full disk stops nothing."
     if not (Path(run)/'manifest.json').is_file(): return
     line = f'{_now()} {" ".join(without_secrets(text).split())}\n'
     with suppress(OSError):

@@ -6,8 +6,9 @@
 __all__ = ['score_tokens', 'generate', 'answer_states', 'answer_nll']
 
 # %% ../nbs/scoring.ipynb #6d4d5dab
-from .prompt import format_answer, format_prompt
+from .prompt import format_answer
 from .runs import progress
+from .chat import end_ids, tokenize
 
 # %% ../nbs/scoring.ipynb #c773fd2c
 def score_tokens(
@@ -52,7 +53,8 @@ def generate(
 ) -> list[dict]:               # of each row: answer, and stopped (by itself)
     "Answer every row greedily."
     import torch
-    prompts = [tok(format_prompt(row, style))['input_ids'] for row in rows]
+    cut, ends = (tokenize(row, tok, style) for row in rows), end_ids(tok, style)
+    prompts = [ids[:start] for ids, _, start in cut]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     answers = [None] * len(rows)
     for start in progress(range(0, len(order), batch_size), what):
@@ -61,9 +63,10 @@ def generate(
         batch = tok.pad(ids, padding_side='left', return_tensors='pt').to(model.device)
         with torch.inference_mode():
             made = model.generate(**batch, max_new_tokens=max_new_tokens,
-                                  do_sample=False, pad_token_id=tok.pad_token_id)
+                                  do_sample=False, eos_token_id=ends,
+                                  pad_token_id=tok.pad_token_id)
         for i, new in zip(chosen, made[:, batch['input_ids'].shape[1]:].tolist()):
-            end = new.index(tok.eos_token_id) if tok.eos_token_id in new else None
+            end = next((at for at, token in enumerate(new) if token in ends), None)
             answers[i] = dict(answer=tok.decode(new[:end], skip_special_tokens=True),
                               stopped=end is not None)
     return answers
@@ -90,15 +93,13 @@ def answer_states(
 ):                             # yields (row of each token, states in front, the tokens)
     "Run `model` on `rows`, and yield what it makes of answer tokens and terminator."
     import torch
-    prompts = [tok(format_prompt(row, style))['input_ids'] for row in rows]
-    answers = [tok(format_answer(row, style), add_special_tokens=False)['input_ids']
-               for row in rows]
-    texts = [a + b + [tok.eos_token_id] for a, b in zip(prompts, answers)]
+    made = [tokenize(row, tok, style) for row in rows]
+    texts = [ids for ids, _, _ in made]
     for chosen in progress(_batches(texts, max_length, batch_tokens), what):
         ids = dict(input_ids=[texts[i] for i in chosen])
         batch = tok.pad(ids, padding_side='right', return_tensors='pt').to(model.device)
         answer = batch['attention_mask'].bool()
-        for i, tokens in zip(chosen, answer): tokens[:len(prompts[i])] = False
+        for i, tokens in zip(chosen, answer): tokens[:made[i][2]] = False
         with torch.inference_mode():
             states = model.get_decoder()(**batch, use_cache=False).last_hidden_state
         row = torch.tensor(chosen, device=answer.device)[:, None].expand_as(answer)

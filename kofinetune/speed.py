@@ -73,9 +73,13 @@ def _scoring_forward(model, head):
 
 # %% ../nbs/speed.ipynb #9410129b
 def speed_up(
-    model,  # a causal model that TRL's trainer has prepared, or a PeftModel; changed
+    model,           # a causal model that TRL has prepared, or a PeftModel; changed
+    trainer = None,  # TRL's trainer of it, if there is one
 ):
     "Let the model attend within packed rows, pass over less, and hold few logits."
+    if trainer and trainer.args.bf16 and trainer.args.packing:
+        collator = trainer.data_collator
+        collator.pad_to_multiple_of = collator.pad_to_multiple_of or 64
     from transformers import AttentionInterface
     if hasattr(model, 'get_base_model'): model = model.get_base_model()
     if model.config._attn_implementation == 'sdpa':

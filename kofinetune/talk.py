@@ -45,11 +45,12 @@ def _ask_ollama(name, prompt, write):
 # %% ../nbs/talk.ipynb #03dcda83
 _SAMPLING = dict(top_k=40, top_p=.9)   # as Ollama does, where the temperature is not 0
 
-def _ask_transformers(model, tok, recipe, prompt, write):
+def _ask_transformers(model, tok, recipe, row, write):
     "Let a model of transformers answer, with the recipe's temperature."
-    ids, new, shown = tok(prompt, return_tensors='pt').to(model.device), [], ['']
-    if (length := ids['input_ids'].shape[1]) > recipe.num_ctx:
-        raise _TooLong(f'the prompt has {length:,} tokens; num_ctx is {recipe.num_ctx}')
+    from kofinetune.chat import end_ids, tokenize
+    (ids, _, start), new, shown = tokenize(row, tok, recipe.style), [], ['']
+    if start > recipe.num_ctx:
+        raise _TooLong(f'the prompt has {start:,} tokens; num_ctx is {recipe.num_ctx}')
     def put(tokens):   # first the prompt, then one token at a time
         if tokens.dim() > 1: return
         new.extend(tokens.tolist())
@@ -60,7 +61,9 @@ def _ask_transformers(model, tok, recipe, prompt, write):
     options = dict(do_sample=False)
     if recipe.temperature:
         options = dict(do_sample=True, temperature=recipe.temperature, **_SAMPLING)
-    model.generate(**ids, **options, max_new_tokens=recipe.max_new_tokens,
+    batch = tok.pad(dict(input_ids=[ids[:start]]), return_tensors='pt').to(model.device)
+    model.generate(**batch, **options, max_new_tokens=recipe.max_new_tokens,
+                   eos_token_id=end_ids(tok, recipe.style),
                    pad_token_id=tok.pad_token_id,
                    streamer=SimpleNamespace(put=put, end=lambda: None))
 
@@ -91,7 +94,8 @@ def _open(run, recipe, name):
     if name == 'tuned' and exported:
         path = need(run, 'ollama')/exported['result']['served_file']
         if there := _on_ollama(run):
-            yield f'Ollama, {there}', lambda *asked: _ask_ollama(there, *asked)
+            yield f'Ollama, {there}', lambda row, write: _ask_ollama(
+                there, format_prompt(row, recipe.style), write)
             return
     if path.is_file():
         from kofinetune.proof import serve_gguf
@@ -100,8 +104,9 @@ def _open(run, recipe, name):
         options = dict(temperature=recipe.temperature, n_predict=recipe.max_new_tokens,
                        stop=known.get('parameters', {}).get('stop', []), min_p=0)
         with serve_gguf(path, recipe.num_ctx) as server:
-            yield f'llama.cpp, {path}', lambda prompt, write: _stream(
-                server, '/completion', write, prompt=prompt, **options, **_SAMPLING)
+            yield f'llama.cpp, {path}', lambda row, write: _stream(
+                server, '/completion', write, **options, **_SAMPLING,
+                prompt=format_prompt(row, recipe.style))
         return
     model, tok = _load(run, recipe, name)
     yield 'transformers', lambda *asked: _ask_transformers(model, tok, recipe, *asked)
@@ -113,17 +118,17 @@ def _read():
     except EOFError: print()
     return ''
 
-def _answer(engine, prompt):
+def _answer(engine, row):
     "Print an answer while it is made, without what would control the terminal."
     made = []
     def write(piece):
         made.append(''.join(c for c in piece if c.isprintable() or c in '\n\t'))
         print(made[-1], end='', flush=True)
-    engine(prompt, write)
+    engine(row, write)
     print()
     return ''.join(made)
 
-def _talk(engines, style):
+def _talk(engines):
     "Answer questions until an empty line, Ctrl-D or /bye."
     turns = {name: [] for name in engines}
     while (question := _read()) not in ('', '/bye'):
@@ -133,7 +138,7 @@ def _talk(engines, style):
         for name, engine in engines.items():
             row = _row(question, turns[name])
             if len(engines) > 1: print(f'{name}: ', end='')
-            try: said = _answer(engine, format_prompt(row, style))
+            try: said = _answer(engine, row)
             except _TooLong as e:
                 print(f'(not answered: {e}; /clear starts over)')
                 continue
@@ -165,6 +170,9 @@ def chat(
     run = Path(run)
     need(run, 'adapter')
     recipe = Recipe.load(run/'recipe.json')
+    if recipe.style == 'auto':   # else no torch is loaded for Ollama
+        from kofinetune.chat import pick_style
+        recipe = pick_style(recipe, run)
     if question: return _ask_once(run, recipe, models[model], question, given)
     with suppress(ImportError): import readline   # arrow keys; Windows has its own
     with ExitStack() as stack:
@@ -175,4 +183,4 @@ def chat(
         if recipe.style in ('alpaca', 'blog'):
             print(f'Style {recipe.style} knows single questions: each is asked alone.')
         print('An empty line, Ctrl-D or /bye ends; /clear starts over.')
-        _talk(engines, recipe.style)
+        _talk(engines)

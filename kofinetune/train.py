@@ -11,10 +11,10 @@ import json, logging, math, os, platform, random, shutil, tempfile
 from pathlib import Path
 
 import torch
-from .prompt import format_answer, format_prompt
 from .recipe import Recipe
 from .base import (about_base, load_base, peak_memory, pick_device,
                              settle_dtype)
+from .chat import pick_style, tokenize
 logging.getLogger('bitsandbytes.backends.cpu').setLevel('ERROR')   # an unused kernel
 
 # %% ../nbs/01_qlora_train.ipynb #fc063f88
@@ -26,15 +26,9 @@ def encode(
     max_length: int = 512,  # tokens
 ) -> dict | None:           # input_ids and labels, (tokens,) each; None if too long
     "Turn `row` into token ids and labels."
-    prompt, answer = format_prompt(row, style), format_answer(row, style)
-    if loss == 'whole':
-        ids = (tok(prompt + answer)['input_ids'] + [tok.eos_token_id])[:max_length]
-        return dict(input_ids=ids, labels=list(ids))
-    prompt_ids = tok(prompt)['input_ids']
-    answer_ids = tok(answer, add_special_tokens=False)['input_ids'] + [tok.eos_token_id]
-    if len(prompt_ids) + len(answer_ids) > max_length: return None
-    return dict(input_ids=prompt_ids + answer_ids,
-                labels=[-100] * len(prompt_ids) + answer_ids)
+    ids, labels, _ = tokenize(row, tok, style, loss)
+    if loss == 'whole': ids, labels = ids[:max_length], labels[:max_length]
+    return dict(input_ids=ids, labels=labels) if len(ids) <= max_length else None
 
 # %% ../nbs/01_qlora_train.ipynb #44b83096
 def add_lora(
@@ -124,8 +118,6 @@ def make_trainer(
     from trl import SFTConfig, SFTTrainer
     os.environ['TENSORBOARD_LOGGING_DIR'] = str(folder.parent/'tensorboard')
     settings = _settings(recipe, len(held_out) > 0) | recipe.trainer_options() | more
-    if settings['bf16'] and settings['use_cpu'] and settings['packing']:
-        settings.setdefault('pad_to_multiple_of', 64)   # a kernel is kept for each length
     trainer = SFTTrainer(
         model=model, args=SFTConfig(str(folder), **settings), processing_class=tok,
         train_dataset=dataset, eval_dataset=_drawn(held_out, dataset, recipe) or None)
@@ -134,7 +126,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)   # the keeper has a bar, log.txt the rest
     for p in trainer.model.parameters():
         if p.requires_grad: p.data = p.data.float()
-    if trainer.args.use_cpu: speed_up(trainer.model)
+    if trainer.args.use_cpu: speed_up(trainer.model, trainer)
     return trainer
 
 # %% ../nbs/01_qlora_train.ipynb #952b0fe0
@@ -181,7 +173,7 @@ def estimate(
     run: Path,        # a run whose data stage is done
 ) -> dict:            # of an epoch: rows, tokens, sequences; of all: steps, seconds...
     "Say what `finetune` would cost here: by arithmetic, and by timing micro-batches."
-    chosen = settle_dtype(recipe, run).replace(report_to='none')
+    chosen = settle_dtype(pick_style(recipe), run).replace(report_to='none')
     with tempfile.TemporaryDirectory() as folder, quiet(run, 'adapter'):
         trainer, about = _set_up(
             chosen, run, Path(folder)/'checkpoints', max_steps=10, save_strategy='no',
@@ -204,6 +196,7 @@ def finetune(
     force: bool = False,  # train again
 ) -> dict:                # the trainer's metrics, and what they cost
     "Train on `run/data`, and write adapter, log and metrics into `run/adapter`."
+    recipe = pick_style(recipe, None if force else run)
     def make(folder):
         check_options(recipe)
         checkpoints, checkpoint = Path(run)/'checkpoints', None

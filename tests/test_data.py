@@ -10,7 +10,7 @@ from kofinetune.audit import near_pairs
 from kofinetune.data import _normalize_row
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, stage
-from kofinetune.data import _fetch, git_blob_id, prepare, split_rows
+from kofinetune.data import _fetch, _git_blob_id, prepare, split_rows
 
 
 def post_script(path):
@@ -48,7 +48,7 @@ def test_best_drops_only_what_the_audit_names(koalpaca, tmp_path):
 def blob_id(body, folder):
     path = folder/'body'
     path.write_bytes(body)
-    seen = git_blob_id(path)
+    seen = _git_blob_id(path)
     path.unlink()
     return seen
 
@@ -183,7 +183,7 @@ def test_manifest_says_where_the_rows_came_from(tmp_path):
     source.write_text('{"instruction": "안녕?", "output": "네."}\n' * 3, encoding='utf-8')
     prepare(Recipe.named('rehearsal').replace(source=str(source), valid_rows=0), tmp_path/'run')
     seen = runs.read_manifest(tmp_path/'run')['stages']['data']['result']['provenance']
-    assert seen == dict(source=str(source), url=None, blob=git_blob_id(source))
+    assert seen == dict(source=str(source), url=None, blob=_git_blob_id(source))
 
 
 def test_changed_source_is_noticed(tmp_path):

@@ -16,9 +16,13 @@ from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.stats import exact_match, paired_difference, share_ci, summarize
 from kofinetune.scoring import answer_nll, generate
-from kofinetune.report import compare_runs, headline
-from kofinetune.eval import evaluate, side_by_side
+from kofinetune.report import compare_runs, render_page
+from kofinetune.eval import _side_by_side, evaluate
 from kofinetune.train import encode
+
+
+def headline(report): return render_page('headline.jinja', report=report).strip()
+
 
 SCHEMA = json.loads((files('kofinetune')/'assets'/'report.schema.json').read_text(encoding='utf-8'))
 MODELS = ['base', 'tuned', 'merged', 'gguf-bf16', 'gguf-q8_0']
@@ -110,7 +114,7 @@ def test_report_counts_what_the_answers_say(report, rehearsal_run):
     assert set(report['failures']) == wrong and all(len(f) <= 5 for f in report['failures'].values())
     assert sum(report['outcomes'].values()) == len(rows) == report['rows']
     said = {name: [dict(answer=r[name]) for r in rows] for name in ('base', 'tuned')}
-    assert report['outcomes'] == dict(better=0, same=0, worse=0) | side_by_side(rows, said).outcome.value_counts().to_dict()
+    assert report['outcomes'] == dict(better=0, same=0, worse=0) | _side_by_side(rows, said).outcome.value_counts().to_dict()
     for e in report['examples']: assert (e['base'], e['tuned']) == (rows[e['row']]['base'], rows[e['row']]['tuned'])
 
 
@@ -150,7 +154,7 @@ def test_worse_answers_are_shown_first_and_no_more_than_a_quarter():
     rows = [dict(instruction=str(i), input='', output='참') for i in range(100)]
     base = [dict(answer='참' if i < 30 else '거짓') for i in range(100)]
     tuned = [dict(answer='참' if i >= 30 else '거짓') for i in range(100)]
-    drawn, again, other = (side_by_side(rows, dict(base=base, tuned=tuned), 20, seed) for seed in (0, 0, 1))
+    drawn, again, other = (_side_by_side(rows, dict(base=base, tuned=tuned), 20, seed) for seed in (0, 0, 1))
     assert list(drawn.outcome[:5]) == ['worse'] * 5 and len(drawn) == 20 and drawn.index.is_unique
     assert list(drawn.index) == list(again.index) != list(other.index)
 

@@ -27,19 +27,28 @@ def ask(instruction='수도는 어디인가요?', input='', output='서울입니
 ROW = ask('다음 수의 합은?', '3, 4', '7입니다.')
 SHORT = ask('다음 수의 합은?', '', '7입니다.')
 USER, BOT, SYSTEM = (dict(role=role, content=text) for role, text in (('user', SHORT['instruction']), ('assistant', SHORT['output']), ('system', '짧게.')))
+PAST = [dict(role='user', content='앞 질문'), dict(role='assistant', content='앞 대답')]
+TOLD = SHORT | dict(messages=[SYSTEM, USER, BOT])
+LONG = ROW | dict(messages=[SYSTEM, *PAST, dict(role='user', content='다음 수의 합은?\n\n3, 4'), BOT])
 ALPACA = 'Below is an instruction.\n\n### Instruction:\n다음 수의 합은?\n\n### Input:\n3, 4\n\n### Response:\n7입니다.'
 SHAPES = {   # what a file holds, the row that is right, what is left out
     # of the issue's list
-    'messages': (dict(messages=[SYSTEM, USER, BOT]), SHORT, {'system': 1}),
+    'messages': (dict(messages=[SYSTEM, USER, BOT]), TOLD, {}),
     'ShareGPT': (dict(id='a1', conversations=[{'from': 'human', 'value': USER['content']}, {'from': 'gpt', 'value': BOT['content']}]), SHORT, {'id': 1}),
     'prompt, completion': (dict(prompt=SHORT['instruction'], completion=SHORT['output']), SHORT, {}),
     'question, answer': (dict(question=SHORT['instruction'], answer=SHORT['output']), SHORT, {}),
     'Dolly': (dict(instruction=ROW['instruction'], context=ROW['input'], response=ROW['output'], category='qa'), ROW, {'category': 1}),
-    'OpenOrca': (dict(id='1', system_prompt='짧게.', question=SHORT['instruction'], response=SHORT['output']), SHORT, {'id': 1, 'system_prompt': 1}),
+    'OpenOrca': (dict(id='1', system_prompt='짧게.', question=SHORT['instruction'], response=SHORT['output']), TOLD, {'id': 1}),
     'text, Alpaca': (dict(text=ALPACA), ROW, {'text before the first heading': 1}),
     'text, ChatML': (dict(text='<|im_start|>system\n짧게.<|im_end|>\n<|im_start|>user\n다음 수의 합은?<|im_end|>\n<|im_start|>assistant\n7입니다.<|im_end|>\n'),
-                     SHORT, {'system': 1}),
-    'system and history': (ROW | dict(system='짧게.', history=[['앞 질문', '앞 대답']]), ROW, {'system': 1, 'history': 1}),
+                     TOLD, {}),
+    'system and history': (ROW | dict(system='짧게.', history=[['앞 질문', '앞 대답']]), LONG, {}),
+    'history in a cell': (ROW | dict(system='짧게.', history='[["앞 질문", "앞 대답"]]'), LONG, {}),
+    'history of turns': (ROW | dict(system='짧게.', history=PAST), LONG, {}),
+    'no history': (ROW | dict(system=' ', history=[]), ROW, {'system': 1}),
+    'ShareGPT with a system': (dict(conversations=[USER, BOT], system='짧게.', kind='sum'), TOLD | dict(kind='sum'), {}),
+    'a system twice': (dict(messages=[SYSTEM, USER, BOT], system='짧게.'), TOLD, {}),
+    'unstripped': (dict(messages=[dict(role='system', content=' 짧게.\n'), USER, BOT]), TOLD, {}),
     'input null': (ROW | dict(input=None), SHORT, {}),
     'input NaN': (ROW | dict(input=float('nan')), SHORT, {}),
     'capitals and spaces': ({' Instruction': ROW['instruction'], 'INPUT ': ROW['input'], 'Output': ROW['output']}, ROW, {}),
@@ -56,14 +65,14 @@ SHAPES = {   # what a file holds, the row that is right, what is left out
     'messages with their prompt': (dict(prompt=SHORT['instruction'], prompt_id='x', messages=[USER, BOT]), SHORT, {'prompt': 1, 'prompt_id': 1}),
     'preferences': (dict(prompt=SHORT['instruction'], chosen=SHORT['output'], rejected='8입니다.'), SHORT, {'rejected': 1}),
     'preferences as turns': (dict(prompt=SHORT['instruction'], chosen=[USER, BOT], rejected=[USER, BOT]), SHORT, {'prompt': 1, 'rejected': 1}),
-    'prompt and completion as turns': (dict(prompt=[SYSTEM, USER], completion=[BOT]), SHORT, {'system': 1}),
+    'prompt and completion as turns': (dict(prompt=[SYSTEM, USER], completion=[BOT]), TOLD, {}),
     'parts of a turn': (dict(messages=[dict(role='user', content=[dict(type='text', text=SHORT['instruction'])]), BOT]), SHORT, {}),
     'turns by role and text': (dict(conversation=[dict(speaker='Human', text=USER['content']), dict(speaker='Bot', text=BOT['content'])]), SHORT, {}),
     'turns as pairs': (dict(conversation=[dict(human=USER['content'], assistant=BOT['content'])]), SHORT, {}),
     'turns as JSON in a cell': (dict(messages=json.dumps([USER, BOT])), SHORT, {}),
     'fields of a turn': (dict(messages=[USER | dict(name='kim', tool_calls=None), BOT]), SHORT, {'name of a turn': 1}),
     'text, Gemma': (dict(text='<bos><start_of_turn>user\n다음 수의 합은?<end_of_turn>\n<start_of_turn>model\n7입니다.<end_of_turn>\n'), SHORT, {}),
-    'text, Llama 2': (dict(text='<s>[INST] <<SYS>>\n짧게.\n<</SYS>>\n\n다음 수의 합은? [/INST] 7입니다. </s>'), SHORT, {'system': 1}),
+    'text, Llama 2': (dict(text='<s>[INST] <<SYS>>\n짧게.\n<</SYS>>\n\n다음 수의 합은? [/INST] 7입니다. </s>'), TOLD, {}),
     'text, Llama 3': (dict(text='<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n다음 수의 합은?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n'
                                 '7입니다.<|eot_id|>'), SHORT, {}),
     'text, Zephyr': (dict(text='<|user|>\n다음 수의 합은?</s>\n<|assistant|>\n7입니다.</s>'), SHORT, {}),
@@ -86,11 +95,12 @@ def test_a_shape_is_read_and_says_what_it_leaves_out(name, tmp_path):
     for part in ('2 rows', *(f'{name} ({2 * n})' for name, n in left_out.items())): assert part in report['understood']
 
 
-def test_each_answer_of_a_conversation_is_a_row_and_the_line_counts_what_is_lost(tmp_path):
+def test_a_conversation_keeps_its_turns_in_one_row_and_the_line_says_who_reads_them(tmp_path):
     talk = [SYSTEM, USER, BOT, dict(role='user', content='곱은?'), dict(role='assistant', content='12입니다.'), dict(role='user', content='고마워요.')]
     rows, report = validate_rows(written(tmp_path, dict(messages=talk), dict(messages=[USER, BOT])))
-    assert rows == [SHORT, ask('곱은?', '', '12입니다.'), SHORT]
-    assert report['understood'] == 'messages: 3 rows of 2 conversations; left out: system (1), earlier turns (1), question without an answer (1)'
+    assert rows == [ask('곱은?', '', '12입니다.', messages=talk[:-1]), SHORT]
+    assert report['understood'] == ('messages: 2 rows of conversations; left out: question without an answer (1); '
+                                    'system texts are read in style chat only; earlier turns are read in style chat only')
 
 
 HOSTILE = {   # turns -> the questions that are asked; what is counted
@@ -116,7 +126,7 @@ def test_an_odd_conversation_loses_nothing_in_silence(name, tmp_path):
     (dict(messages=[USER, dict(role='assistant', content=None)]), 'content: not text'), (dict(turns=['가?', '나?']), 'turn: no object'),
     (dict(messages=[dict(content='가?')]), 'turn: no text'), (dict(text=''), 'text: no headings'), (dict(text='그냥 글입니다.'), 'text: no headings'),
     (dict(text=None), 'text: not text'), (dict(question='고르면?', A='가', B='나'), 'output: missing'),
-    (dict(text=ALPACA + '\n\n### Output:\n7'), 'text: headings'), (dict(text=ALPACA + '\n\n### Input:\n7'), 'text: headings'), (dict(question='가?', query='나?', answer='다'), 'instruction: two fields'),
+    (ROW | dict(history=['앞']), 'turn: no object'), (dict(text=ALPACA + '\n\n### Output:\n7'), 'text: headings'), (dict(text=ALPACA + '\n\n### Input:\n7'), 'text: headings'), (dict(question='가?', query='나?', answer='다'), 'instruction: two fields'),
     (dict(question='가?', answers=['나', '다']), 'output: missing'), (dict(question='가?', answer=['나', '다']), 'output: not text'),
     (ROW | dict(output={'a': 1}), 'output: not text'), (ROW | dict(output=7), 'output: not text'), (ROW | dict(input={'a': 1}), 'input: not text'),
     (ROW | dict(output=None), 'output: not text'), (ROW | dict(instruction=''), 'instruction: empty'), ([ROW], 'no object'), (None, 'no object'), ({}, 'instruction: missing')])
@@ -128,7 +138,7 @@ def test_a_row_that_cannot_be_used_is_a_fault_of_its_kind(value, kind, tmp_path)
 def test_shapes_may_be_mixed_in_one_file_and_the_line_names_each(tmp_path):
     rows, report = validate_rows(written(tmp_path, ROW, dict(messages=[USER, BOT]), dict(question=SHORT['instruction'], answer=SHORT['output'])))
     assert rows == [ROW, SHORT, SHORT]
-    for part in ('question as instruction', 'answer as output', 'messages: 1 rows of 1 conversations'): assert part in report['understood']
+    for part in ('question as instruction', 'answer as output', 'messages: 1 rows of conversations'): assert part in report['understood']
 
 
 def test_a_kind_that_is_no_text_is_left_out(tmp_path):
@@ -292,12 +302,12 @@ def numbered(n):
 
 
 def test_every_row_is_accounted_for_on_the_last_lines_and_in_the_audit(tmp_path, capsys):
-    rows = [row | dict(system='짧게.') for row in numbered(20)]
+    rows = [row | dict(memo='짧게.') for row in numbered(20)]
     made, audit = stage(tmp_path, [*rows, rows[0], rows[1], dict(instruction='가?'), ask('빈 답은?', '', '')], skip_bad_rows=True, valid_rows=.25)
     assert (made['train'], made['valid'], made['kept'], made['rows']) == (15, 5, 20, 23)
-    assert audit['left_out'] == {'system': 22, 'output: missing': 1, 'exact_duplicate': 2, 'empty_answer': 1}
+    assert audit['left_out'] == {'memo': 22, 'output: missing': 1, 'exact_duplicate': 2, 'empty_answer': 1}
     understood, happened = capsys.readouterr().out.splitlines()[-2:]
-    assert understood == 'data: instruction, input, output: 23 rows; left out: system (22)'
+    assert understood == 'data: instruction, input, output: 23 rows; left out: memo (22)'
     assert happened == ('data: 24 rows read: 15 to train on, 5 held out, 1 left out (output: missing), 2 left out (exact_duplicate), '
                         '1 left out (empty_answer)')
     assert made['train'] + made['valid'] + 4 == 24
@@ -475,7 +485,10 @@ def test_rows_in_are_rows_kept_and_rows_reported(things, cut, array, tmp_path):
     if whole == len(body) and (array or body[:1] != '['): assert report['rows'] == len(things)     # a line with an array may be the file
     rest = iter(things)                                             # kept rows are input rows, in order; null is no input, and a kind is text
     def unread(k, v): return k == 'url' or k == 'input' and v is None or k == 'kind' and not isinstance(v, str)
-    for row in kept: assert any(isinstance(t, dict) and {'input': ''} | {k: v for k, v in t.items() if not unread(k, v)} == row for t in rest)
+    def as_read(thing):   # an input alone is the question
+        row = {'input': ''} | {k: v for k, v in thing.items() if not unread(k, v)}
+        return row if 'instruction' in row else row | dict(instruction=row['input'], input='')
+    for row in kept: assert any(isinstance(t, dict) and as_read(t) == row for t in rest)
 
 
 @relaxed

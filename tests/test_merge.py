@@ -21,7 +21,7 @@ COMMAND = [sys.executable, '-c', 'from kofinetune.cli import main; main()']
 
 def untrained(run, **changes):
     "A run whose adapter is random: as good as a trained one for everything but the answers."
-    recipe = Recipe.named('rehearsal').replace(**dict(name='quick', rows=80, valid_rows=20) | changes)
+    recipe = Recipe.named('rehearsal').replace(**dict(name='quick', style='alpaca', rows=80, valid_rows=20) | changes)
     def make(folder):
         model = load_base(recipe)[0]
         if recipe.adapter == 'lora':

@@ -15,7 +15,7 @@ from conftest import ollama_program, vouch
 from test_export import copied, make_model
 
 from kofinetune import export
-from kofinetune.prompt import STYLES, format_prompt
+from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest
 from kofinetune.data import load_rows
@@ -23,6 +23,8 @@ from kofinetune.gguffile import load_gguf, read_gguf, write_gguf
 from kofinetune.server import check_name, create_model, read_modelfile, server_url, server_version
 from kofinetune.proof import compare_texts, difficult_rows, verify_ollama
 from kofinetune.export import _modelfile_value, _served_differences, _template, export_ollama, modelfile
+
+STYLES = ('alpaca', 'blog', 'chat')
 
 pytestmark = pytest.mark.ollama
 NAME = 'kofinetune-rehearsal:latest'

@@ -39,8 +39,8 @@ def test_a_script_reads_naturally(tmp_path):
 
 # Who may import whom. What is reachable over any number of steps may be imported.
 ARROWS = dict(
-    prompt='', tables='', formats='tables', recipe='tables', korean='', stats='', runs='recipe', gguffile='runs', server='runs', audit='korean prompt',
-    data='formats runs audit', scoring='prompt runs', dialogs='korean',
+    messages='', prompt='messages', tables='', formats='prompt tables', recipe='tables', korean='', stats='', runs='recipe', gguffile='runs', server='runs', audit='korean prompt',
+    data='formats runs audit', scoring='chat', chat='base', dialogs='korean',
     rehearsal='data', base='gguffile rehearsal', checkpoints='runs', parallel='base', speed='scoring', train='checkpoints parallel scoring speed', merge='train',
     proof='train server', export='proof', talk='proof', report='stats runs', eval='export report', bench='eval', hub='export report', cli='hub bench merge talk')
 

@@ -16,9 +16,10 @@ import pytest
 
 from conftest import vouch
 
+import kofinetune.chat
 from kofinetune import talk
+from kofinetune.chat import pick_style
 from kofinetune.export import export_ollama
-from kofinetune.prompt import format_prompt
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.talk import _TooLong, _open, chat
@@ -40,7 +41,8 @@ def on_ollama(ollama_server, rehearsal_run):
 def pieces(run, name, row, **changes):
     "Where a model of a run is asked, and what it writes, piece by piece."
     made = []
-    with _open(run, Recipe.load(run/'recipe.json').replace(**changes), name) as (where, answer): answer(format_prompt(row), made.append)
+    recipe = pick_style(Recipe.load(run/'recipe.json'), run).replace(**changes)
+    with _open(run, recipe, name) as (where, answer): answer(row, made.append)
     return where, made
 
 
@@ -95,7 +97,7 @@ def test_a_letter_of_several_tokens_is_written_once_it_is_whole(rehearsal_run):
             streamer.put(input_ids)
             for i in ids: streamer.put(torch.tensor([i]))
             streamer.end()
-    _ask_transformers(Model(), tok, recipe, '안녕', made.append)
+    _ask_transformers(Model(), tok, pick_style(recipe), dict(instruction='안녕', input=''), made.append)
     assert len(ids) > 4 and made == ['가', '뷁', '다']
 
 
@@ -153,19 +155,82 @@ def test_a_conversation_goes_on_after_a_question_that_is_too_long(rehearsal_run,
 
 
 def test_history_is_kept_for_each_model_and_cleared(rehearsal_run, alone, monkeypatch, capsys):
-    "What a prompt is made of; the stand-in's own styles would show the last question alone."
-    rows = []
-    def prompt(row, style):
-        rows.append([turn['content'] for turn in row['messages']])
-        assert row['instruction'] == rows[-1][-1] and row['input'] == ''
-        return format_prompt(row, style)
-    monkeypatch.setattr(talk, 'format_prompt', prompt)
+    "What is asked; the stand-in's own style shows the last question alone."
+    rows, make = [], talk._row
+    def row(question, turns):
+        made = make(question, turns)
+        rows.append([turn['content'] for turn in made['messages']])
+        assert made['instruction'] == rows[-1][-1] and made['input'] == ''
+        return made
+    monkeypatch.setattr(talk, '_row', row)
     typed(monkeypatch, APPLE, PRICE, '/clear', PRICE, '', APPLE)
     chat(rehearsal_run, 'both')
     said = dict(re.findall(r'^(base|tuned): (.*)$', capsys.readouterr().out.split('starts over.\n')[1], re.M)[:2])
     base, tuned = [APPLE, said['base'], PRICE], [APPLE, said['tuned'], PRICE]
     assert said['base'] != said['tuned'] == '사과는'
     assert rows == [[APPLE], [APPLE], base, tuned, [PRICE], [PRICE]]
+
+
+@pytest.fixture
+def chatting(rehearsal_run, tmp_path):
+    "The run, and its recipe says that it was trained in style chat."
+    run = tmp_path/'run'
+    shutil.copytree(rehearsal_run, run, ignore=shutil.ignore_patterns('.lock'))
+    write_json(json.loads((run/'recipe.json').read_text()) | dict(style='chat'), run/'recipe.json')
+    return run
+
+
+def test_in_style_chat_a_second_question_sees_the_first(chatting, alone, monkeypatch, capsys):
+    "What llama.cpp is sent, and what transformers reads: all turns so far, in Gemma's form."
+    sent, read, stream, cut = [], [], talk._stream, kofinetune.chat.tokenize
+    def post(client, path, write, **request):
+        sent.append(request['prompt'])
+        return stream(client, path, write, **request)
+    def tokens(row, tok, style):
+        made = cut(row, tok, style)
+        read.append(tok.decode(made[0][:made[2]]))
+        return made
+    monkeypatch.setattr(talk, '_stream', post)
+    monkeypatch.setattr(kofinetune.chat, 'tokenize', tokens)
+    typed(monkeypatch, APPLE, PRICE, '/clear', PRICE)
+    chat(chatting, 'both')
+    assert 'asked alone' not in capsys.readouterr().out
+    for begin, prompts in (('', sent), ('<bos>', read)):
+        first, second, cleared = prompts
+        assert first == f'{begin}<start_of_turn>user\n{APPLE}<end_of_turn>\n<start_of_turn>model\n'
+        assert second.startswith(first) and second.endswith(f'<end_of_turn>\n<start_of_turn>user\n{PRICE}<end_of_turn>\n<start_of_turn>model\n')
+        assert second.count('<start_of_turn>user') == 2 and cleared == first.replace(APPLE, PRICE)
+
+
+@pytest.mark.ollama
+def test_on_ollama_a_second_question_sees_the_first(on_ollama, tmp_path, monkeypatch, capsys):
+    sent, stream, run = [], talk._stream, tmp_path/'run'
+    def post(client, path, write, **request):
+        sent.append((path, request['raw'], request['prompt']))
+        return stream(client, path, write, **request)
+    shutil.copytree(on_ollama, run, ignore=shutil.ignore_patterns('.lock'))
+    write_json(json.loads((run/'recipe.json').read_text()) | dict(style='chat'), run/'recipe.json')
+    monkeypatch.setattr(talk, '_stream', post)
+    typed(monkeypatch, APPLE, PRICE)
+    chat(run)
+    assert 'tuned: Ollama' in capsys.readouterr().out and {one[:2] for one in sent} == {('/api/generate', True)}
+    assert sent[1][2].startswith(sent[0][2]) and PRICE in sent[1][2]
+
+
+def test_the_turns_of_another_base_are_those_of_its_tokenizer(tmp_path):
+    from test_bases import other_base
+    from test_chat import CHATML
+    from kofinetune.base import load_base
+    base = other_base(tmp_path/'qwen', 'qwen3')
+    (base/'chat_template.jinja').write_text(CHATML)
+    recipe, seen = Recipe(base=str(base), style='chat', quant='none', dtype='fp32', max_new_tokens=4), {}
+    model, tok = load_base(recipe)
+    generate = model.generate
+    model.generate = lambda **given: (seen.update(given), generate(**given))
+    talk._ask_transformers(model, tok, recipe, talk._row(PRICE, [dict(role='user', content=APPLE), dict(role='assistant', content='사과는')]), lambda piece: None)
+    text = tok.decode(seen['input_ids'][0])
+    assert text.endswith('<|start|>assistant\n<think>\n\n</think>\n\n') and text.count('<|start|>user\n') == 2 and '사과는<|end|>' in text
+    assert tok.convert_ids_to_tokens(seen['eos_token_id'])[0] == '<|end|>'
 
 
 def test_it_says_once_that_questions_are_asked_alone(rehearsal_run, alone, monkeypatch, capsys):
