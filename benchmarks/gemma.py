@@ -1,10 +1,11 @@
-"""Measure what the command costs on real Gemma 3 270M: estimate, a whole run of `laptop`, verify, and `best` with 1,000 held-out rows.
+"""Measure what the command costs on real Gemma 3 270M: estimate, a whole run of `laptop`, verify, `best` with 1,000 held-out rows, conversations.
 
     python benchmarks/gemma.py --json benchmarks/results/gemma.json [--rows ko_alpaca_data.json] [--run runs/laptop] [--only laptop]
 
 Every part is the command in a process of its own, with the Ollama server that it finds or starts. Nothing else may run meanwhile.
-`best` needs KoAlpaca's rows (--rows, 1,400 of them); it trains for a tenth of an epoch, for only its evaluation is measured. The last
-line printed is the JSON that is written. It takes half an hour to an hour on two cores.
+`best` needs KoAlpaca's rows (--rows, 1,400 of them); it trains for a tenth of an epoch, for only its evaluation is measured. `dialogs` trains the
+packaged conversations in style chat, and counts the last answers that are right. The last line printed is the JSON that is written. It takes an
+hour on two cores.
 """
 import argparse, contextlib, json, os, platform, re, shutil, socket, subprocess, sys, tempfile, time
 from importlib.metadata import version
@@ -77,6 +78,19 @@ def best(run, rows):
                 scored=report['rows'], answered=report['answered'], models=list(report['models']))
 
 
+def dialogs(run):
+    "Train the packaged conversations in style chat, judge the last answer of those held out, and prove what is served."
+    settings = dict(source='dialogs', style='chat', valid_rows=.2, epochs=6)
+    _, seconds, _ = command('run', '--recipe', 'laptop', '--run', run, *(f'--set={k}={v}' for k, v in settings.items()), run=run)
+    _, verify_seconds, _ = command('verify', run)
+    stages, proof = read_manifest(run)['stages'], json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
+    report = stages['eval']['result']
+    return dict(settings=settings, seconds=seconds, train_seconds=stages['adapter']['seconds'], rows=report['rows'], held_out=report['held_out'],
+                exact_match={name: m['exact_match'] for name, m in report['models'].items()}, kinds=report['kinds'],
+                verify=dict(seconds=verify_seconds, server=proof['server'], failed=proof['failed'], text=proof['text']['checked'],
+                            tokens=proof['tokens']['checked'], greedy=proof['greedy']['checked']))
+
+
 @contextlib.contextmanager
 def ollama(folder):
     "An Ollama server: the one that OLLAMA_HOST names, or one of our own."
@@ -97,15 +111,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--json', type=Path)
     parser.add_argument('--rows', type=Path, help="KoAlpaca's file; without it `best` is left out")
-    parser.add_argument('--run', type=Path, help='where to keep the run of laptop, which must not be there; else it is thrown away')
-    parser.add_argument('--only', choices=['laptop', 'best'])
+    parser.add_argument('--run', type=Path, help='where to keep the run of laptop (or of what --only names), which must not be there; else it is thrown away')
+    parser.add_argument('--only', choices=['laptop', 'best', 'dialogs'])
     args = parser.parse_args()
     found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').is_file() else None
     flags = [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in Path('/proc/cpuinfo').read_text().split()] if found else []
     result = dict(machine=dict(processor=found[1] if found else platform.machine(), flags=flags, cores=os.cpu_count(), faster_dtype=_auto_dtype(),
                                bf16_gflops=gflops()), versions={p: version(p) for p in VERSIONED})
     with tempfile.TemporaryDirectory(prefix='gemma-') as scratch, ollama(Path(scratch)):
-        parts = dict(laptop=lambda: laptop(args.run or Path(scratch)/'laptop'), best=lambda: best(Path(scratch)/'best', args.rows))
+        def place(name): return args.run if args.run and name == (args.only or 'laptop') else Path(scratch)/name
+        parts = dict(laptop=lambda: laptop(place('laptop')), best=lambda: best(place('best'), args.rows), dialogs=lambda: dialogs(place('dialogs')))
         for name, measure in parts.items():
             if args.only not in (None, name) or name == 'best' and not args.rows: continue
             result[name] = measure()
