@@ -17,8 +17,8 @@ import torch
 from .recipe import Recipe
 from .runs import file_hashes, read_manifest, write_json
 from .gguffile import check_config, unpack_gguf
-from .data import cache_dir
-from .rehearsal import make_once, stand_in_base
+from .shared import make_once
+from .rehearsal import stand_in_base
 
 # %% ../nbs/base.ipynb #370b4921
 _PACKAGED = {'gemma-3-270m-q4': dict(
@@ -72,7 +72,7 @@ def _unpacked(base):
         write_json(dict(file=file.name, sha256=sha256) | about, folder/'gguf.json')
         text = f'{_TERMS}\n\n{_unpacked_note(folder)}\n'
         (folder/'NOTICE').write_text(text, encoding='utf-8', newline='\n')
-    return make_once(cache_dir()/f'gguf-{sha256[:16]}-2', make)   # 2: its layout
+    return make_once(f'gguf-{sha256[:16]}-2', make)   # 2: its layout
 
 # %% ../nbs/base.ipynb #10025925
 def _unpacked_note(folder):
@@ -123,20 +123,24 @@ def pick_device(
     "Choose the GPU where there is one, and an arithmetic that Gemma 3 survives."
     number, dtype = int(os.environ.get('LOCAL_RANK', 0)), recipe.dtype
     if dtype == 'auto': dtype = _auto_dtype()
-    device = torch.device(f'cuda:{number}' if torch.cuda.is_available() else 'cpu')
+    device = torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    if torch.cuda.is_available(): device = torch.device(f'cuda:{number}')
     return device, dict(bf16=torch.bfloat16, fp32=torch.float32)[dtype]
 
 @lru_cache
 def _auto_dtype():
     "Choose bf16 where the GPU has it (not emulated), or this CPU is faster with it."
+    if torch.backends.mps.is_available(): return 'bf16'   # from macOS 14 on
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(False): return 'bf16'
+        print(f'base: {torch.cuda.get_device_name()} has no bfloat16; float32 is used')
+        return 'fp32'
     def seconds(dtype):   # of a product of Gemma's size
         x, weight = torch.ones(256, 640).to(dtype), torch.ones(640, 2048).to(dtype)
         return min(timeit.repeat(lambda: x @ weight, repeat=4, number=1))
-    if torch.cuda.is_available(): faster = torch.cuda.is_bf16_supported(False)
-    else:   # in turns, for others may run too
-        turns = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(8)]
-        faster = sum(bf16 < .8 * fp32 for bf16, fp32 in turns) > 4
-    return 'bf16' if faster else 'fp32'
+    # in turns, for others may run too
+    turns = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(8)]
+    return 'bf16' if sum(bf16 < .8 * fp32 for bf16, fp32 in turns) > 4 else 'fp32'
 
 # %% ../nbs/base.ipynb #d697690a
 def settle_dtype(
@@ -183,7 +187,9 @@ def load_base(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     (device, picked), quant = pick_device(recipe), quant or recipe.quant
     options = dict(dtype=dtype or picked, device_map={'': device}, use_safetensors=True)
-    if quant == 'nf4':
+    if quant == 'nf4' and device.type == 'mps':
+        print('base: NF4 is off on an Apple GPU, where it was not tried')
+    elif quant == 'nf4':
         options['quantization_config'] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type='nf4',
             bnb_4bit_compute_dtype=options['dtype'])

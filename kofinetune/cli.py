@@ -127,9 +127,8 @@ def _summarize(run):
     typer.echo(f'Ask it:   ollama run {name} {shlex.quote(question)}')
 
 # %% ../nbs/cli.ipynb #d68468ae
-@_app.command('show')
-def _show(run: Path = _FINISHED):
-    "What a run holds, and what is missing or damaged. Exit code 1 when a file is."
+def _show(run):
+    "Print what a run holds. RuntimeError where a file of it is missing or damaged."
     stages, rows, faults = read_manifest(run)['stages'], [], []
     if not stages:
         raise FileNotFoundError(f'{run} holds no finished stage; '
@@ -148,6 +147,19 @@ def _show(run: Path = _FINISHED):
     _print_table(str(run), ('', 'files', 'made', 'seconds', 'MB', ''), rows)
     for fault in faults: typer.echo(fault)
     if faults: raise RuntimeError(f'{run} has {len(faults)} missing or damaged files')
+
+# %% ../nbs/cli.ipynb #c0cd6ef6
+@_app.command('show')
+def _show_what(
+        run: Path = typer.Argument(None, metavar='RUN', help='A finished run folder.'),
+        cache: bool = typer.Option(False, '--cache', help='Show the cache instead.'),
+        clear: bool = typer.Option(False, '--clear', help='With --cache: remove it.')):
+    "What a run or the cache holds. Exit code 1 when a file is missing or damaged."
+    if clear > cache or cache == bool(run):
+        raise ValueError('show takes a RUN or --cache, and --clear only with --cache: '
+                         'kofinetune show --cache --clear')
+    from kofinetune.shared import cached
+    _print_table(*cached(clear)) if cache else _show(run)
 
 # %% ../nbs/cli.ipynb #8d98f28b
 @_app.command('estimate')
@@ -252,6 +264,8 @@ def main():
     "Run the command; the console script's entry."
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')   # log.txt says where
+    sys.stdout.reconfigure(errors='backslashreplace')   # cp949 has not every letter
     if '--debug' in sys.argv:
         sys.argv.remove('--debug')
         return _app(prog_name='kofinetune')

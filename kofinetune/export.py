@@ -15,8 +15,9 @@ from .prompt import HEADS, format_prompt
 
 # %% ../nbs/03_ollama_export.ipynb #15cb2516
 from .recipe import Recipe
-from .runs import (file_faults, file_hashes, need, read_manifest, run_lock,
-                             stage, write_json)
+from .runs import (file_faults, file_hashes, need, read_manifest, stage,
+                             write_json)
+from .shared import run_lock
 from .gguffile import check_gguf, write_gguf
 from .server import (check_name, create_model, ollama_client, read_modelfile,
                                server_url, server_version)

@@ -14,7 +14,8 @@ import torch
 from .recipe import Recipe
 from .runs import progress, stage
 from .data import rows_to_measure
-from .base import base_path, free_memory, load_base, settle_dtype
+from .base import (base_path, free_memory, load_base, pick_device,
+                             settle_dtype)
 from .chat import check_adapter, pick_style, write_turns
 from .scoring import answer_states
 from .train import load_tuned
@@ -102,7 +103,7 @@ def _log_probs(kept, part):
 # %% ../nbs/02_merge.ipynb #18c7c7cb
 def _compare(one, two, entries=1 << 22):
     "Compare what was kept of two models, so many log-probabilities at a time."
-    rows, tokens = one['rows'], one['tokens'][:, None]
+    rows, tokens = one['rows'].cpu(), one['tokens'][:, None]
     step, parts = max(1, entries // len(one['head'].weight)), []
     for start in progress(range(0, len(tokens), step), 'comparing answer tokens'):
         part = slice(start, start + step)
@@ -111,7 +112,7 @@ def _compare(one, two, entries=1 << 22):
         kl = (a.exp() * gap).sum(1)
         losses = [-x.gather(1, tokens[part])[:, 0] for x in (a, b)]
         parts.append(torch.stack([gap.abs().amax(1), gap.abs().mean(1), kl, *losses]))
-    largest, mean, kl, *losses = torch.cat(parts, 1).double()
+    largest, mean, kl, *losses = torch.cat(parts, 1).cpu().double()
     by_row = losses[1].new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses[1])
     return dict(max_difference=largest.max().item(), mean_difference=mean.mean().item(),
                 kl=kl.mean().item(), nll=[loss.mean().item() for loss in losses],
@@ -191,7 +192,7 @@ def merge_adapter(
     recipe = pick_style(recipe, run)
     def make(folder):
         if not force: check_adapter(recipe, run)
-        tried = ['16-bit', 'nf4']
+        tried = ['16-bit'] + ['nf4'] * (pick_device(recipe)[0].type != 'mps')
         if 'nf4' not in (recipe.quant, recipe.merge): tried = ['16-bit']
         if recipe.adapter == 'none': tried = ['copy']
         rows, held_out = rows_to_measure(run, 250 if len(tried) > 1 else 100)

@@ -144,9 +144,11 @@ def _field_faults(f, value):
 # %% ../nbs/recipe.ipynb #ca94d69a
 def _joint_faults(r):
     "Yield what does not fit together in `r`."
-    if not re.fullmatch(r'\w[\w .+=,@-]{0,99}', r.name):
-        yield (f'name is {r.name!r}; it is no path: a letter or digit first, then '
-               'letters, digits, spaces, _.+=,@-; --run says where the run goes')
+    plain = r'(?!(con|prn|aux|nul|com\d|lpt\d) *(\.|$))\w[\w .+=,@-]{0,99}(?<![ .])'
+    if not re.fullmatch(plain, r.name, re.I):
+        yield (f'name is {r.name!r}; it is no path, nor con, nul and the like: a '
+               'letter or digit first, then letters, digits, spaces, _.+=,@-, no space '
+               'or dot at the end; --run says where the run goes')
     for name, what in (('save_steps', 'steps'), ('valid_rows', 'rows')):
         if (value := getattr(r, name)) > 1 and value % 1:
             yield f'{name} is {value}; above 1 it is a whole number of {what}'

@@ -163,6 +163,7 @@ def _machine():
     "Name the device, and read the most memory that it, or this process, has held."
     device = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     peak = peak_memory()
+    if torch.backends.mps.is_available(): device = f'{platform.machine()} GPU (MPS)'
     if torch.cuda.is_available():
         device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     return dict(device=device, peak_memory_bytes=peak, processes=world_size())

@@ -75,6 +75,46 @@ def site(tmp_path_factory):
     return ROOT/'_site'
 
 
+def closure(wanted):
+    "The distributions that `wanted` needs here, each with all that it needs."
+    from importlib.metadata import distribution
+    from packaging.requirements import Requirement
+    found, todo = {}, [Requirement(text) for text in wanted]
+    while todo:
+        one = todo.pop()
+        if one.name in found and not one.extras: continue
+        found[one.name] = made = distribution(one.name)
+        for need in map(Requirement, made.requires or ()):
+            if not need.marker or any(need.marker.evaluate({'extra': extra}) for extra in ('', *one.extras)): todo.append(need)
+    return found.values()
+
+
+def bare_environment(folder, more=()):
+    """Make an environment with what `requirements` in settings.ini needs, and nothing else: links to what is installed here.
+
+    `more` names other packages that shall be there."""
+    import venv
+    from configparser import ConfigParser
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    venv.create(folder, symlinks=True)
+    place = next(folder.glob('lib/python*/site-packages'))
+    for one in closure([*ini['DEFAULT']['requirements'].split(), *more]):
+        for top in {file.parts[0] for file in one.files} - {'..', '__pycache__'}:
+            if not (place/top).exists(): (place/top).symlink_to(one.locate_file(top))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "The wheel of this checkout."
+    here = tmp_path_factory.mktemp('wheel')
+    for name in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE', 'NOTICE', 'CHANGELOG.md', 'MANIFEST.in'): shutil.copy(ROOT/name, here)
+    shutil.copytree(ROOT/'kofinetune', here/'kofinetune', ignore=shutil.ignore_patterns('__pycache__'))
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', here/'dist', here], check=True)
+    return next((here/'dist').glob('*.whl'))
+
+
 def vouch(run, name):
     "Record a stage's files as they are now, as if the stage had written them so: what is tested lies behind the check of the hashes."
     from kofinetune.runs import file_hashes, read_manifest, write_json
