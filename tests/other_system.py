@@ -8,8 +8,8 @@ import io, os, shutil, signal, sys, warnings
 from pathlib import Path
 
 warnings.filterwarnings('ignore', category=EncodingWarning)      # of libraries
-import accelerate, bitsandbytes, datasets, filelock, gguf, httpx, huggingface_hub, matplotlib.pyplot, ollama, pandas, peft, pooch, psutil  # noqa: F401
-import rich.console, rich.table, scipy.stats, torch, transformers, trl, typer, xllamacpp  # noqa: F401
+import accelerate, bitsandbytes, datasets, datasketch, filelock, gguf, httpx, huggingface_hub, matplotlib.pyplot, ollama, pandas, peft, pooch, psutil  # noqa: F401
+import rich.console, rich.table, sacrebleu, scipy.stats, torch, transformers, trl, typer, xllamacpp  # noqa: F401
 from trl import SFTTrainer  # noqa: F401
 
 HERE = Path(os.environ['OTHER_SYSTEM_HERE']).resolve()     # what is refused is refused below this folder alone

@@ -14,7 +14,7 @@ from kofinetune.recipe import Recipe
 from kofinetune.runs import read_manifest
 from kofinetune.rehearsal import stand_in_base
 
-FEW = ['--recipe', 'rehearsal', '--set', 'rows=60', '--set', 'epochs=1', '--set', 'gguf=q8_0', '--set', 'quant=none', '--set', 'answer_rows=2', '--run']
+FEW = ['--recipe', 'rehearsal', '--set', 'rows=60', '--set', 'valid_rows=12', '--set', 'epochs=1', '--set', 'gguf=q8_0', '--set', 'quant=none', '--set', 'answer_rows=2', '--run']
 
 
 def elsewhere(home, *args):
