@@ -87,6 +87,7 @@ def dialogs(run):
     report = stages['eval']['result']
     return dict(settings=settings, seconds=seconds, train_seconds=stages['adapter']['seconds'], rows=report['rows'], held_out=report['held_out'],
                 exact_match={name: m['exact_match'] for name, m in report['models'].items()}, kinds=report['kinds'],
+                exact_match_ci={name: m['exact_match_ci'] for name, m in report['models'].items()},
                 verify=dict(seconds=verify_seconds, server=proof['server'], failed=proof['failed'], text=proof['text']['checked'],
                             tokens=proof['tokens']['checked'], greedy=proof['greedy']['checked']))
 
