@@ -152,8 +152,8 @@ def test_an_answer_of_ollama_is_right_and_the_terms_travel(trained, ollama_serve
     import ollama
     from kofinetune import export
     from kofinetune.server import read_modelfile
-    few = export.difficult_rows()[::3]
-    monkeypatch.setattr(export, 'difficult_rows', lambda: few)
+    few = export.difficult_rows('alpaca')[::3]
+    monkeypatch.setattr(export, 'difficult_rows', lambda style: few)
     monkeypatch.setattr(export, 'rows_to_measure', lambda run, most, fill: rows_to_measure(run, 20, fill))
     monkeypatch.setattr(export, 'load_rows', lambda source: load_rows(source)[:200])
     recipe, run = trained
