@@ -27,8 +27,8 @@ def elsewhere(home, *args):
 
 @pytest.fixture
 def home(tmp_path):
-    "A home with the stand-in in its cache."
-    path = tmp_path/'사용자 김'
+    "A home with the stand-in in its cache, and a letter in its name that a Korean console lacks."
+    path = tmp_path/'사용자 김é'      # é is not in cp949
     shutil.copytree(stand_in_base(), path/'.cache'/'kofinetune'/stand_in_base().name)
     return path
 
