@@ -27,15 +27,15 @@ def elsewhere(home, *args):
 
 @pytest.fixture
 def home(tmp_path):
-    "A home with the stand-in in its cache."
-    path = tmp_path/'사용자 김'
+    "A home with the stand-in in its cache, and a letter in its name that a Korean console lacks."
+    path = tmp_path/'사용자 김é'      # é is not in cp949
     shutil.copytree(stand_in_base(), path/'.cache'/'kofinetune'/stand_in_base().name)
     return path
 
 
 def test_every_module_can_be_imported_without_what_unix_alone_has(home):
     done = elsewhere(home, '--import-all')
-    assert (done.returncode, done.stderr.decode('cp949')) == (0, '')
+    assert done.returncode == 0, done.stderr.decode('cp949')
 
 
 def test_every_stage_runs_without_what_unix_alone_has(home):
