@@ -98,7 +98,7 @@ def test_api_and_program_make_the_same_model(run):
 
 @pytest.mark.parametrize('style', STYLES)
 def test_text_and_tokens_of_difficult_rows(tiny, style):
-    rows = difficult_rows()
+    rows = difficult_rows(style)
     proof = verify_ollama(f'tests/tiny-{style}', tiny, rows, asked=0, style=style)
     assert proof['text'] == dict(checked=len(rows), different=0, examples=[])
     assert proof['tokens'] == dict(checked=len(rows), different=0, share=0, extra_bos=0, examples=[])
@@ -128,7 +128,7 @@ def test_tokens_of_the_real_rows(tiny, koalpaca):
 @pytest.mark.parametrize('style', STYLES)
 def test_another_template_is_seen_in_the_text(tiny, style):
     "One newline more or less in the template, and every row is counted."
-    rows = difficult_rows()[:5]
+    rows = difficult_rows(style)[:5]
     for i, template in enumerate(('\n' + _template(style), _template(style)[:-1])):
         ollama.Client().create(f'tests/wrong-{i}', from_=f'tests/tiny-{style}', template=template)
         assert compare_texts(f'tests/wrong-{i}', rows, style)['different'] == 5
