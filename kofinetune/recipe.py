@@ -101,7 +101,7 @@ class Recipe:
         "Copy the recipe with some fields changed; those that are dicts gain keys."
         values = asdict(self)
         if (base := changes.get('base', self.base)) != self.base:
-            values['revision'] = _COMMITS.get(base, '')
+            values['revision'] = _COMMITS.get(str(base), '')
         if changes.get('source', self.source) != self.source and self.valid_rows > 1:
             values['valid_rows'] = Recipe.valid_rows   # as that was for other rows
         for name, value in changes.items():
