@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = re.compile(r'Gemma(?: 3)?(?: 270[Mm])?|gemma-3-270m[\w.-]*|Q\d_\w|SHA-256 \w+|Python 3\.\d+|KoAlpaca v1\.\d|CC BY-NC 4\.0|License 2\.0|4-bit|95 % intervals?|'
+NAMES = re.compile(r'Gemma(?: 3)?(?: 270[Mm])?|gemma-3-270m[\w.-]*|Q\d_\w|SHA-256 \w+|Python 3\.\d+(?: to 3\.\d+)?|macOS \d+|KoAlpaca v1\.\d|CC BY-NC 4\.0|License 2\.0|4-bit|95 % intervals?|'
                    r'NF4|\d\d\w*\.ipynb|\[\d\d \w')      # what a number is part of when it measures nothing
 NUMBER = re.compile(r'[-+]?\d[\d,]*(?:\.\d+)?%?')
 
