@@ -173,7 +173,7 @@ def test_the_code_on_the_card_runs(run, tmp_path):
 
 
 def test_a_model_of_gemma_and_koalpaca_carries_both_licences(run, tmp_path):
-    (run/'recipe.json').write_text(json.dumps(asdict(Recipe.named('best'))), encoding='utf-8')
+    (run/'recipe.json').write_text(json.dumps(asdict(Recipe.named('best').replace(style='alpaca'))), encoding='utf-8')
     for what, relation in (('merged', 'finetune'), ('adapter', 'adapter')):
         card = publishing._card(run, what, REPO)
         data = yaml.safe_load(card.split('---')[1])
@@ -183,7 +183,7 @@ def test_a_model_of_gemma_and_koalpaca_carries_both_licences(run, tmp_path):
 
 
 def test_a_card_names_no_path_of_this_machine(run, tmp_path):
-    recipe = Recipe.named('rehearsal').replace(base=str(tmp_path/'my-base'), source=str(tmp_path/'mine.jsonl'))
+    recipe = Recipe.named('rehearsal').replace(base=str(tmp_path/'my-base'), source=str(tmp_path/'mine.jsonl'), style='alpaca')
     (run/'recipe.json').write_text(json.dumps(asdict(recipe)), encoding='utf-8')
     for what in INTENDED:
         card = publishing._card(run, what, REPO)
