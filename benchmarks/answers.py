@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from kofinetune.base import base_path
-from kofinetune.eval import describe_answers
+from kofinetune.eval import _describe_answers
 from kofinetune.gguffile import write_gguf
 from kofinetune.korean import known_nouns
 from kofinetune.prompt import format_prompt
@@ -37,7 +37,7 @@ SHOWN = 'stop_rate', 'repetition', 'chrf', 'characters', 'hangul_share', 'partic
 
 
 def complete(server, prompts, stop, most, sampling):
-    "Let a served model answer prompts: what `describe_answers` reads, and the seconds."
+    "Let a served model answer prompts: what `_describe_answers` reads, and the seconds."
     made, began = [], time.monotonic()
     for prompt in prompts:
         said = server.post('/completion', json=PLAIN | sampling | dict(prompt=prompt, stop=stop, n_predict=most, cache_prompt=False)).json()
@@ -61,7 +61,7 @@ def sampling(run):
     with serve_gguf(file, recipe.num_ctx) as server:
         for name, options in SAMPLINGS.items():
             made, seconds = complete(server, [format_prompt(row, recipe.style) for row in rows], stops, recipe.max_new_tokens, options)
-            said = describe_answers(rows, made, nouns)
+            said = _describe_answers(rows, made, nouns)
             found[name] = dict(options=options, rows=len(rows), seconds=seconds) | {key: said[key] for key in SHOWN}
             print(f'{name:38} stops {said["stop_rate"]:.0%}  repeats {said["repetition"]:.1%}  chrF {said["chrf"]:.1f}  {seconds} s', flush=True)
     return found

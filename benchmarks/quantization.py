@@ -6,7 +6,7 @@ bf16 and q8_0 are the run's own files; Ollama makes q4_K_M of the bf16 one. The 
 first --rows held-out rows; differences are paired with bf16 and have 95 % intervals. `parts` says what q8_0 costs where it reaches one part of the
 model alone. Answers are the likeliest tokens, by llama.cpp. Needs a running Ollama of this machine. The last line printed is the JSON that is written.
 """
-import argparse, json, os, platform, shutil, tempfile
+import argparse, json, os, platform, re, shutil, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from answers import complete, opened
 from export_ladder import engine_speed, served_file, speed
 from kofinetune.base import load_tokenizer
-from kofinetune.eval import describe_answers
+from kofinetune.eval import _describe_answers
 from kofinetune.gguffile import load_gguf
 from kofinetune.korean import known_nouns
 from kofinetune.prompt import format_prompt
@@ -56,12 +56,12 @@ def measure(run, rows_taken, answers, names):
         scores[name] = score(load_gguf(run/'merged', file))
         with serve_gguf(file, recipe.num_ctx) as server:
             made, _ = complete(server, [format_prompt(row, recipe.style) for row in rows[:answers]], stops, recipe.max_new_tokens, dict(temperature=0.))
-        said = describe_answers(rows[:answers], made, nouns)
+        said = _describe_answers(rows[:answers], made, nouns)
         found[name] = dict(bytes=file.stat().st_size, answers=answers) | compared(scores[name], scores['bf16'])
         found[name] |= {key: said[key] for key in ('stop_rate', 'repetition', 'chrf')}
         print(name, found[name], flush=True)
     parts = {name: compared(score(rounded(load_gguf(run/'merged', bf16), chosen)), scores['bf16']) for name, chosen in PARTS.items()}
-    words = ' '.join(row['instruction'] for row in rows[:12])
+    words = max((row['instruction'] for row in rows), key=len)
     return dict(rows=len(rows), files=found, parts=parts, tokens_per_second=dict(ollama=speed(names, words, 3), llama_cpp=engine_speed(files, words, 3)))
 
 
@@ -75,7 +75,7 @@ def main():
     args = parser.parse_args()
     server = server_version()
     if server is None: raise SystemExit('no Ollama server answers; start one with: ollama serve')
-    names = {}
+    names, said = {}, (args.run/'ollama'/'Modelfile').read_text(encoding='utf-8')   # with its template, so that the model answers
     with tempfile.TemporaryDirectory() as folder:
         try:
             for dtype in ('bf16', 'q8_0', 'q4_K_M'):
@@ -83,7 +83,7 @@ def main():
                 beside.mkdir()
                 own = args.run/'ollama'/f'model-{"bf16" if dtype == "q4_K_M" else dtype}.gguf'
                 shutil.copyfile(own, beside/'model.gguf')
-                (beside/'Modelfile').write_text('FROM ./model.gguf\n', encoding='utf-8')
+                (beside/'Modelfile').write_text(re.sub(r'(?m)^FROM .*', 'FROM ./model.gguf', said), encoding='utf-8')
                 names[dtype] = create_model(f'quantization-{dtype.lower()}', beside, quantize=dtype if dtype == 'q4_K_M' else '')
             report = measure(args.run, args.rows, args.answers, names)
         finally:
