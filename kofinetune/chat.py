@@ -62,6 +62,7 @@ def _end(tok):
     return found[0] if found else tok.eos_token
 
 def _settled(style, tok):
+    "Say what `auto` means for a tokenizer."
     return ('chat' if tok.chat_template else 'alpaca') if style == 'auto' else style
 
 def end_ids(

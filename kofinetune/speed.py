@@ -16,7 +16,7 @@ def _attend_by_row(module, query, key, value, mask, scaling=None, dropout=0.,
     from torch.nn.functional import scaled_dot_product_attention as attend
     sizes, pads = [query.shape[2]], 0
     if cu_seq_lens_q is not None: sizes = cu_seq_lens_q.diff().tolist()
-    while sizes and sizes[-1] == 1: pads += sizes.pop()   # rows to TRL
+    while sizes and sizes[-1] == 1: pads += sizes.pop()   # each is a row to TRL
     if pads: sizes.append(pads)
     heads = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(heads, 1) for x in (key, value))
