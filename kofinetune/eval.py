@@ -98,7 +98,7 @@ def _load_evaluated(name, recipe, run):
     merged = need(run, 'merged')
     if name == 'merged': return load_base(recipe, quant='none', path=merged)
     file = need(run, 'ollama')/f'model-{name.removeprefix("gguf-")}.gguf'
-    model = load_gguf(merged, file).to(*pick_device(recipe))   # as the others
+    model = load_gguf(merged, file).to(pick_device(recipe)[0])
     return model.eval(), load_tokenizer(recipe)
 
 # %% ../nbs/04_eval.ipynb #0df32f68
@@ -127,6 +127,7 @@ def _measure(name, recipe, run, rows, asked):
     model, tok = _load_evaluated(name, recipe, run)
     scores = answer_nll(model, tok, rows, recipe.style, recipe.max_length,
                         what=f'{name} scores')
+    if name.startswith('gguf-'): model.to(pick_device(settle_dtype(recipe, run))[1])
     made = {i: dict(answer=format_answer(rows[i], recipe.style), stopped=True)
             for i in asked if (s := scores[i])   # sure of each token of this answer
             and s['sure'] == s['tokens'] <= recipe.max_new_tokens}

@@ -78,8 +78,7 @@ def speed_up(
 ):
     "Let the model attend within packed rows, pass over less, and hold few logits."
     if trainer and trainer.args.bf16 and trainer.args.packing:
-        collator = trainer.data_collator
-        collator.pad_to_multiple_of = collator.pad_to_multiple_of or 64
+        trainer.data_collator.pad_to_multiple_of = trainer.args.pad_to_multiple_of or 64
     from transformers import AttentionInterface
     if hasattr(model, 'get_base_model'): model = model.get_base_model()
     if model.config._attn_implementation == 'sdpa':
