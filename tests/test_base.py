@@ -96,12 +96,12 @@ def test_a_file_is_known_by_its_first_bytes(small, tmp_path, cache):
     blob = shutil.copy(small, tmp_path/'sha256-0123')   # as Ollama's store names it
     assert Path(base.base_path(str(blob))).is_dir()
     (tmp_path/'not.gguf').write_bytes(b'PK\3\4')
-    with pytest.raises(ValueError, match='is no GGUF file'): base.base_path(str(tmp_path/'not.gguf'))
+    with pytest.raises(ValueError, match='is not a GGUF file'): base.base_path(str(tmp_path/'not.gguf'))
     with pytest.raises(FileNotFoundError, match='is not a file'): base.base_path(str(tmp_path/'none.gguf'))
 
 
 @pytest.mark.parametrize('change, said', [
-    (dict(keys={'general.architecture': 'llama'}), "its architecture is 'llama'; only gemma3 is unpacked"),
+    (dict(keys={'general.architecture': 'llama'}), "its architecture is 'llama'; only gemma3 can be unpacked"),
     (dict(keys={'tokenizer.ggml.model': 'gpt2'}), r"its vocabulary is \('gpt2'"),
     (dict(keys={'tokenizer.ggml.add_space_prefix': True}), r"is \('llama', True, .* Gemma's is \('llama', False"),
     (dict(keys={'gemma3.rope.scaling.factor': 8.}), 'scaled positions'),

@@ -295,7 +295,7 @@ WRONG = {
     'quantized weights': (lambda b: change(b/'config.json', lambda c: c.update(quantization_config=dict(
         quant_method='bitsandbytes', load_in_4bit=True))), 'is quantized (bitsandbytes); give base the 16- or 32-bit model'),
     'an empty folder': (lambda b: (shutil.rmtree(b), b.mkdir()), 'could not be loaded'),
-    'a file in place of the folder': (lambda b: (shutil.rmtree(b), b.write_text('no model')), 'is no GGUF file'),
+    'a file in place of the folder': (lambda b: (shutil.rmtree(b), b.write_text('no model')), 'is not a GGUF file'),
     'no such folder': (shutil.rmtree, 'is not a file or folder'),
 }
 

@@ -219,7 +219,7 @@ def test_verify_proves_what_is_served_now(run, tmp_path, monkeypatch, capsys):
     try:
         client.create(NAME, from_=NAME, template=POST)
         code, out, said = verified(copy, monkeypatch, capsys)
-        assert code == 1 and 'does not have the template of' in out and 'prompts are rendered differently' in out and 'Traceback' not in out
+        assert code == 1 and 'lacks the template of' in out and 'prompts are rendered differently' in out and 'Traceback' not in out
         assert said['served']['different'] == ['template'] and said['text']['different'] == 78 and said['tokens']['different'] == 48
         assert said['failed'][0] in out
     finally: create_model(NAME, run/'ollama')
@@ -232,7 +232,7 @@ def test_verify_notices_another_model_under_the_name(run, tiny, tmp_path, monkey
     try:
         create_model(NAME, tmp_path)
         code, out, said = verified(copy, monkeypatch, capsys)
-        assert code == 1 and 'does not have the file of' in out and 'log-probabilities differ' in out
+        assert code == 1 and 'lacks the file of' in out and 'log-probabilities differ' in out
         assert said['served']['different'] == ['file'] and said['text']['different'] == said['tokens']['different'] == 0
     finally: create_model(NAME, run/'ollama')
 
