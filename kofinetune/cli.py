@@ -19,7 +19,7 @@ from .runs import (STAGES, file_faults, need, quiet, rank, read_jsonl,
 
 # %% ../nbs/cli.ipynb #6a0def58
 def _setting(text):
-    "Read KEY=VALUE: a field of the recipe, and the value in the field's type."
+    "Read KEY=VALUE: a field of the recipe, and a value of the field's type."
     name, equals, value = text.partition('=')
     if not equals: raise ValueError(f'--set {text!r} has no "="; write KEY=VALUE')
     name, _, option = name.partition('.')
@@ -32,7 +32,7 @@ def _setting(text):
 
 # %% ../nbs/cli.ipynb #9c41e63a
 def _resolve(recipe, run, settings):
-    "Work out the recipe and the run folder of a command line."
+    "Find the recipe and the run folder that a command line means."
     own, changes = Path(run or '')/'recipe.json', {}
     if recipe is None and run and own.is_file(): recipe = own
     is_file = recipe and Path(recipe).suffix in ('.toml', '.json')
@@ -59,8 +59,8 @@ _RUN = typer.Option(None, '--run', metavar='DIR',
                     help='The run folder. Default: runs/<name of the recipe>.')
 _SET = typer.Option([], '--set', metavar='KEY=VALUE',
                     help='Change one field of the recipe; may be repeated.')
-_FORCE = typer.Option(False, '--force', help='Make it again, even where it is there.')
-_FINISHED = typer.Argument(..., metavar='RUN', help='A finished run folder.')
+_FORCE = typer.Option(False, '--force', help='Redo what is already finished.')
+_FINISHED = typer.Argument(..., metavar='RUN', help='The folder of a finished run.')
 
 # %% ../nbs/cli.ipynb #2c3c0f34
 def _add_stage(made):
@@ -76,7 +76,7 @@ def _add_stage(made):
 @_app.command('run')
 def _run_all(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET,
              force: bool = _FORCE):
-    "Every stage in order, skipping the finished ones, and a table at the end."
+    "Run every stage that is not finished, and print a table at the end."
     from kofinetune.base import check_base
     from kofinetune.chat import pick_style
     from kofinetune.server import check_name
@@ -115,7 +115,7 @@ def _summarize(run):
     names = ('question', 'base', 'tuned', 'wanted')
     texts = [[textwrap.shorten(row[name], 80) for name in names]
              for row in report['examples'][-5:]]   # drawn by the seed
-    _print_table('Five questions, none of them picked', names, texts)
+    _print_table('Five questions, drawn at random', names, texts)
     typer.echo(render_page('headline.jinja', report=report)   # a whole line
                + f'{report["base_note"]}\nReport:   {run}/eval/report.md')
     if not (exported := stages.get('ollama')): return
@@ -128,7 +128,7 @@ def _summarize(run):
 
 # %% ../nbs/cli.ipynb #d68468ae
 def _show(run):
-    "Print what a run holds. RuntimeError where a file of it is missing or damaged."
+    "Print what a run holds. RuntimeError if one of its files is missing or damaged."
     stages, rows, faults = read_manifest(run)['stages'], [], []
     if not stages:
         raise FileNotFoundError(f'{run} holds no finished stage; '
@@ -151,10 +151,10 @@ def _show(run):
 # %% ../nbs/cli.ipynb #c0cd6ef6
 @_app.command('show')
 def _show_what(
-        run: Path = typer.Argument(None, metavar='RUN', help='A finished run folder.'),
+        run: Path = typer.Argument(None, metavar='RUN', help='The folder of a run.'),
         cache: bool = typer.Option(False, '--cache', help='Show the cache instead.'),
         clear: bool = typer.Option(False, '--clear', help='With --cache: remove it.')):
-    "What a run or the cache holds. Exit code 1 when a file is missing or damaged."
+    "Show what a run or the cache holds. Exit code 1: a file is missing or damaged."
     if clear > cache or cache == bool(run):
         raise ValueError('show takes a RUN or --cache, and --clear only with --cache: '
                          'kofinetune show --cache --clear')
@@ -164,7 +164,7 @@ def _show_what(
 # %% ../nbs/cli.ipynb #8d98f28b
 @_app.command('estimate')
 def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SET):
-    "Tokens, steps, memory and time of the training, before spending them."
+    "Predict the tokens, steps, memory and time of a training run."
     from kofinetune.base import check_base
     from kofinetune.data import prepare
     from kofinetune.train import estimate
@@ -178,18 +178,18 @@ def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SE
 
 @_app.command('ask')
 def _ask(run: Path = _FINISHED,
-         question: str = typer.Argument('', help='None: a conversation.'),
-         given: str = typer.Option('', '--input', help='The input that goes with it.'),
+         question: str = typer.Argument('', help='Without one: a conversation.'),
+         given: str = typer.Option('', '--input', help='The input of the question.'),
          model: str = typer.Option('', help='tuned (a conversation), base or both.')):
-    "One answer from base and tuned, side by side; or a conversation."
+    "Ask base and tuned one question, or start a conversation."
     from kofinetune.talk import chat
     chat(run, model or ('both' if question else 'tuned'), question, given)
 
 # %% ../nbs/cli.ipynb #56e77e55
 @_app.command('verify')
 def _verify(run: Path = _FINISHED, everything: bool = typer.Option(
-        False, '--all', help='Prove the files on llama.cpp, and every packaged row.')):
-    "What Ollama serves, or its files, proved again. Exit code 1 on a failure."
+        False, '--all', help='The files on llama.cpp too, and every packaged row.')):
+    "Verify again what Ollama serves, or else the files. Exit code 1 on a failure."
     from kofinetune.export import verify_run
     need(run, 'ollama', whole=False)
     with quiet(run, 'ollama'):
@@ -209,7 +209,7 @@ def _compare(
         out: Path = typer.Option(
             None, '--out', metavar='DIR',
             help='Write compare.md, compare.json and compare.png there.')):
-    "Finished runs side by side: paired intervals, curves, cost, recipe fields."
+    "Compare finished runs: paired intervals, curves, cost, recipe fields."
     from kofinetune.report import compare_runs
     result = compare_runs(runs, out)
     head, *lines = result['table']
@@ -224,21 +224,21 @@ def _push(
         repo: str = typer.Argument(..., help='owner/name on the Hugging Face Hub.'),
         what: str = typer.Option('merged', help='merged, adapter or gguf.'),
         public: bool = typer.Option(
-            False, '--public', help='Let everybody see it. Default: private.'),
+            False, '--public', help='Make it public. Default: private.'),
         accept: bool = typer.Option(
             False, '--accept-noncommercial',
-            help='I know the terms of the data and of the base.')):
-    "A run's model and its card, with both licences, to the Hub."
+            help='Confirm that you know the terms of data and base.')):
+    "Send a run's model to the Hub, with a card and both licences."
     from kofinetune.hub import push_run
     if not accept:
         raise ValueError('KoAlpaca forbids commercial use (CC BY-NC 4.0) and Gemma has '
-                         'terms; say that you know both with --accept-noncommercial')
+                         'terms; confirm that you know both: --accept-noncommercial')
     seen_by = 'public' if public else 'private'
     typer.echo(f'push: done, {push_run(run, repo, what, public)} ({seen_by})')
 
 # %% ../nbs/cli.ipynb #2295e40d
 def _say(text, begin=''):
-    "Write the one line of an error; a closed terminal takes none, nor a busy stream."
+    "Print an error in one line, unless the terminal is closed or the stream is busy."
     line = ' '.join(without_secrets(text).split())
     with suppress(OSError, RuntimeError):
         print(f'{begin}kofinetune: {line}', file=sys.stderr, flush=True)
@@ -265,7 +265,7 @@ def main():
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     os.environ.setdefault('PYTORCH_ENABLE_MPS_FALLBACK', '1')   # log.txt says where
-    sys.stdout.reconfigure(errors='backslashreplace')   # cp949 has not every letter
+    sys.stdout.reconfigure(errors='backslashreplace')   # cp949 lacks some letters
     if '--debug' in sys.argv:
         sys.argv.remove('--debug')
         return _app(prog_name='kofinetune')

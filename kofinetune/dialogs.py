@@ -26,7 +26,7 @@ _NAMES, _GOODS, _EVENTS, _PLACES = (
 _NOUNS, _FACTS = _OLDER['nouns'].split(), {}
 
 def _fact(draw):
-    "Take `draw` for the kind of its name: it draws a fact with a random generator."
+    "Register `draw`, which draws a fact of the kind that it is named after."
     _FACTS[draw.__name__.removeprefix('_')] = draw
     return draw
 
@@ -97,7 +97,7 @@ def _system_text(number):
     return [ignore[number % len(ignore)] if number < 10 else '', '{}']
 
 def _converse(rng, kind, number):
-    "Make the conversation of a kind that has this number: two questions, two answers."
+    "Make the conversation of this kind and number: two questions, two answers."
     parts = _PARTS['kinds'][kind]
     fact = {name: Word(text) for name, text in _FACTS[kind](rng).items()}
     system, form = _system_text(number)
@@ -111,7 +111,7 @@ def _converse(rng, kind, number):
 
 # %% ../nbs/dialogs.ipynb #df02f97e
 def _make_dialogs(seed=0):
-    "Make 50 conversations of each kind; no two open alike, or end alike."
+    "Make 50 conversations of each kind; no two begin or end alike."
     rng, rows, taken = random.Random(f'dialogs {seed}'), [], set()
     for kind in _PARTS['kinds']:
         for number in range(50):

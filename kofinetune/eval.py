@@ -29,7 +29,7 @@ def _distinct(
 
 # %% ../nbs/04_eval.ipynb #4cf7435d
 def _describe_answers(rows, made, nouns):
-    "Measure a model's answers: right or not where that is known, and their Korean."
+    "Measure a model's answers: exact match where it is known, and their Korean."
     from sacrebleu import CHRF
     texts = [a['answer'] for a in made]
     known = [exact_match(row, text) for row, text in zip(rows, texts) if 'kind' in row]
@@ -56,7 +56,7 @@ def _describe_answers(rows, made, nouns):
 
 # %% ../nbs/04_eval.ipynb #f2be5f3d
 def _outcome(row, before, after):
-    "Compare two answers: right or not, and else by five points of chrF."
+    "Compare two answers by exact match, or else by five points of chrF."
     from sacrebleu import CHRF
     one, two = (CHRF().sentence_score(text, [row['output']]).score
                 + 100 * exact_match(row, text) for text in (before, after))
@@ -64,7 +64,7 @@ def _outcome(row, before, after):
 
 # %% ../nbs/04_eval.ipynb #f1358ae7
 def _side_by_side(rows, answers, n=None, seed=0):   # n: how many are drawn
-    "Put base and tuned beside what was wanted, and say which of them is better."
+    "Put the answers of base and tuned beside the wanted one; say which is better."
     import pandas as pd
     base, tuned = ([a['answer'] for a in answers[name]] for name in ('base', 'tuned'))
     table = pd.DataFrame([
@@ -91,7 +91,7 @@ from .report import render_page
 
 # %% ../nbs/04_eval.ipynb #44ed4160
 def _load_evaluated(name, recipe, run):
-    "Load base, tuned, merged, or the model of a GGUF file (gguf- and its type)."
+    "Load base, tuned, merged, or the model of a GGUF file (gguf-TYPE)."
     recipe = settle_dtype(recipe, run)
     if name == 'base': return load_base(recipe, quant='none')
     if name == 'tuned': return load_tuned(recipe, run)
@@ -123,7 +123,7 @@ def _measure_all(recipe, run, rows, asked):
 
 # %% ../nbs/04_eval.ipynb #8c2e1821
 def _measure(name, recipe, run, rows, asked):
-    "Let a model score the rows, and answer those that are asked."
+    "Let a model score all rows, and answer those in `asked`."
     model, tok = _load_evaluated(name, recipe, run)
     scores = answer_nll(model, tok, rows, recipe.style, recipe.max_length,
                         what=f'{name} scores')
@@ -192,7 +192,7 @@ def _write_report(report, log, folder):
 # %% ../nbs/04_eval.ipynb #7491563d
 def evaluate(
     recipe: Recipe,       # eval_rows, answer_rows, max_new_tokens, style
-    run: Path,            # a run whose exported files are there
+    run: Path,            # a run with exported files
     force: bool = False,  # evaluate again
 ) -> dict:                # report.json
     "Evaluate base, tuned, merged and every GGUF file on the held-out rows."

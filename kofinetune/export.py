@@ -30,7 +30,7 @@ from .proof import difficult_rows, verify_gguf, verify_ollama
 _STOPS = tuple(head.strip() for head in HEADS)
 
 def _template(style):
-    "Write `format_prompt` as a Go template; the last user turn alone, but for 'chat'."
+    "Write `format_prompt` as a Go template: the last question, or all turns in chat."
     if style == 'chat': return (files('kofinetune')/'assets'/'gemma.gotmpl').read_text()
     row = dict(instruction='{{ $question }}', input='{{ .System }}')
     text, given = format_prompt(row, style), HEADS[1] + '{{ .System }}\n\n'
@@ -40,20 +40,20 @@ def _template(style):
             '{{ $question = .Content }}{{ end }}{{ end }}' + text)
 
 def _modelfile_value(text, where):
-    "Write a line of a Modelfile. ValueError for what the format cannot hold."
+    "Write a line of a Modelfile. ValueError for text that the format cannot hold."
     odd = [f'U+{ord(c):04X}' for c in text if not (c.isprintable() or c in '\t\n')]
     if re.search(r'"""[^\S\n]*\n', text): odd = ['a line that ends in """']
     if odd:
-        raise ValueError(f'{where} has {odd[0]}, which Ollama loses: {text!r:.60}')
+        raise ValueError(f'{where} has {odd[0]}, which Ollama drops: {text!r:.60}')
     return f'{where} """{text}"""'
 
 # %% ../nbs/03_ollama_export.ipynb #9d5eb3a7
 def modelfile(
     gguf: str,                       # the file's name, beside the Modelfile
-    style: str = 'alpaca',           # as trained
+    style: str = 'alpaca',           # the prompt style of the training
     temperature: float = 0.0,
     num_ctx: int = 2048,             # tokens of prompt and answer
-    num_predict: int = 256,          # tokens of the longest answer
+    num_predict: int = 256,          # the most tokens in an answer
     threads: int = 0,                # 0: Ollama chooses
     licences: tuple[str, ...] = (),  # texts
 ) -> str:
@@ -76,7 +76,7 @@ def licences(
     source: str,  # a recipe's source of rows
     base: str,    # a recipe's base
 ) -> tuple[str, ...]:  # one text for the rows, one for the weights
-    "Say under which terms the rows and the base allow the model to be used."
+    "List the terms of the rows and of the base, which apply to the model too."
     path = files('kofinetune')/'assets'/'terms.json'
     terms, rows = json.loads(path.read_text(encoding='utf-8')), source.split('-v')[0]
     about = about_base(base)
@@ -87,7 +87,7 @@ def licences(
 
 # %% ../nbs/03_ollama_export.ipynb #f1edf3bb
 def _escape_text(text, tok):
-    "Write special tokens, headings and Ollama's image mark with full-width signs."
+    "Write special tokens, headings and Ollama's image mark in full-width characters."
     special = [t.content for t in tok.added_tokens_decoder.values() if t.special]
     for token in special: text = text.replace(token, '＜' + token[1:])
     for head in _STOPS: text = text.replace(head, '＃＃＃' + head[3:])
@@ -96,10 +96,10 @@ def _escape_text(text, tok):
 # %% ../nbs/03_ollama_export.ipynb #212651fb
 def export_ollama(
     recipe: Recipe,       # gguf, style, ollama_name, num_ctx and options of answers
-    run: Path,            # a run whose merged model is there
+    run: Path,            # a run with a merged model
     force: bool = False,  # write again
-) -> dict:                # what verify.json says
-    "Write and prove `run/ollama`, and register it where Ollama answers."
+) -> dict:                # the contents of verify.json
+    "Write and verify `run/ollama`, and register the model if Ollama answers."
     recipe = pick_style(recipe, run, exported=True)
     run, name = Path(run), check_name(recipe.ollama_name or f'kofinetune-{recipe.name}')
     def make(folder):
@@ -111,8 +111,8 @@ def export_ollama(
     result = stage(recipe, run, 'ollama', make, force)
     if server_version(): return _register(recipe, run, result)
     print(f'No Ollama server answered at {server_url()} within 2 seconds; the files '
-          'were proved on llama.cpp.\nTo register the model:\n  ollama serve\n  ollama '
-          f'create {name.removesuffix(":latest")} -f {run}/ollama/Modelfile')
+          'were verified on llama.cpp.\nTo register the model:\n  ollama serve\n  '
+          f'ollama create {name.removesuffix(":latest")} -f {run}/ollama/Modelfile')
     return result
 
 # %% ../nbs/03_ollama_export.ipynb #0e20e07c
@@ -130,7 +130,7 @@ def _write_files(recipe, run, folder, name):
 
 # %% ../nbs/03_ollama_export.ipynb #2a50463a
 def _prove_files(recipe, run, folder, name, everything=False):
-    "Prove every GGUF file on llama.cpp; say what the served one showed."
+    "Verify every GGUF file on llama.cpp; return the results of the served one."
     rows, proofs, failed = rows_to_measure(run, 100, fill=True)[0], {}, []
     asked, step = (100, 1) if everything else (30, 10)
     hard = difficult_rows(recipe.style) + load_rows('rehearsal')[::step]
@@ -149,7 +149,7 @@ def _prove_files(recipe, run, folder, name, everything=False):
 
 # %% ../nbs/03_ollama_export.ipynb #75f3b96b
 def _prove_served(recipe, run, name, everything=False):
-    "Prove what Ollama serves under `name`; `failed` says what is wrong."
+    "Verify what Ollama serves under `name`; `failed` lists what is wrong."
     folder, hard = run/'ollama', difficult_rows(recipe.style)
     rows = rows_to_measure(run, 100 if everything else 20, fill=True)[0]
     texts = rows + hard + (load_rows('rehearsal') if everything else [])
@@ -158,12 +158,12 @@ def _prove_served(recipe, run, name, everything=False):
     differs = _served_differences(name, folder)
     proof = verify_ollama(name, run/'merged', rows + hard, len(rows), recipe.gguf[-1],
                           recipe.style, texts)
-    failed = [f'{name}: its {part} is not that of {folder}' for part in differs]
+    failed = [f'{name} on Ollama lacks the {part} of {folder}' for part in differs]
     return proof | dict(failed=failed + proof['failed'],
                         served=dict(name=name, different=differs))
 
 def _served_differences(name, folder):
-    "Which of file, template, parameters differ on Ollama; None: it has no such model."
+    "List which of file, template, parameters differ on Ollama; None: no such model."
     with ollama_client(f'showing {name}') as client:
         if name not in [m.model for m in client.list().models]: return None
         there = read_modelfile(client.show(name).modelfile)
@@ -174,7 +174,7 @@ def _served_differences(name, folder):
 
 # %% ../nbs/03_ollama_export.ipynb #bc2d9977
 def _register(recipe, run, result):
-    "Register the served file with Ollama, proving it under another name first."
+    "Register the served file with Ollama, after verifying it under another name."
     folder, name = run/'ollama', result['name']
     if result['registered'] and _served_differences(name, folder) == []: return result
     candidate = f'{name}-unproved'
@@ -204,10 +204,10 @@ def _record(run, result):
 # %% ../nbs/03_ollama_export.ipynb #e1033bd9
 def verify_run(
     recipe: Recipe,
-    run: Path,  # a run that `export_ollama` has finished
+    run: Path,  # a run that `export_ollama` finished
     everything: bool = False,  # files on llama.cpp too, all packaged rows on Ollama
-) -> dict:      # what verify.json says now; `failed` lists what does not hold
-    "Prove again what Ollama serves of a run, or else its files; writes verify.json."
+) -> dict:      # the new contents of verify.json; `failed` lists what is wrong
+    "Verify again what Ollama serves of a run, or else its files; updates verify.json."
     run, folder = Path(run), need(run, 'ollama', whole=False)
     recipe = pick_style(recipe, run)
     faults = file_faults(run, 'ollama')

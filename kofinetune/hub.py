@@ -23,7 +23,7 @@ _WHAT = dict(merged=('merged', ''), adapter=('adapter', 'adapter_'),   # stage, 
 def _files(run, what):
     "Find the files to publish: name in the repository -> path."
     if what not in _WHAT:
-        raise ValueError(f'--what is {what!r}; it is one of {", ".join(_WHAT)}')
+        raise ValueError(f'--what is {what!r}; it must be one of {", ".join(_WHAT)}')
     name, begins = _WHAT[what]
     folder, record = need(run, name), read_manifest(run)['stages'][name]
     files = {file: folder/file for file in record['files'] if file.startswith(begins)}
@@ -55,9 +55,9 @@ def push_run(
     run: Path,               # a finished run
     repo: str,               # owner/name on the Hub
     what: str = 'merged',    # merged, adapter or gguf
-    public: bool = False,    # let everybody see it
+    public: bool = False,    # visible to everybody
 ) -> str:                    # its address
-    "Send files, card and terms to the Hub in one commit. RuntimeError: that failed."
+    "Send files, card and terms to the Hub in one commit. RuntimeError if it fails."
     import httpx2
     from huggingface_hub import CommitOperationAdd, HfApi
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', repo):
@@ -70,8 +70,8 @@ def push_run(
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
         if not public and not api.repo_info(repo).private:
-            raise ValueError(f'{repo} is there already and everybody can see it; '
-                             'say so with --public, or choose another name')
+            raise ValueError(f'{repo} exists and everybody can see it; '
+                             'allow that with --public, or choose another name')
         api.create_commit(repo, pieces, commit_message=f'{what} of a kofinetune run')
     except (httpx2.HTTPError, OSError, RuntimeError) as e:
         why = ' '.join((str(e) or repr(e)).partition('\n')[0].split())

@@ -86,10 +86,10 @@ def _round_model(model, dtype):
 
 # %% ../nbs/proof.ipynb #5faf0812
 def verify_gguf(
-    model_dir: Path,      # the merged folder that the file was made of
+    model_dir: Path,      # the merged folder that the file was made from
     gguf: Path,           # the file
     prompts: list[str],   # all are tokenized
-    asked: int = 100,     # so many of them, from the first, are answered too
+    asked: int = 100,     # this many, from the first, are answered too
     dtype: str = 'bf16',  # of the file: bf16, f16 or q8_0
 ) -> dict:  # as verify.json: tokens, logprobs, greedy, failed, server, engine
     "Compare a file on llama.cpp with transformers: tokens, numbers, answers."
@@ -105,7 +105,7 @@ def verify_gguf(
 _LONGEST = 24   # tokens of an answer: Ollama stops at 30 equal ones
 
 def _ask_llama_cpp(server, tok, prompt, ids, asked):
-    "Compare a prompt's tokens; where it is `asked`, get the best five and an answer."
+    "Compare a prompt's tokens; if it is `asked`, get the best five and an answer."
     def ask(path, **request): return server.post(path, json=request).json()
     made = ask('/tokenize', content=prompt, add_special=True, parse_special=True)
     bos = made['tokens'].count(tok.bos_token_id) - prompt.count('<bos>')
@@ -125,7 +125,7 @@ def _ask_llama_cpp(server, tok, prompt, ids, asked):
 
 # %% ../nbs/proof.ipynb #2e02b563
 def _compare(model_dir, seen, asked, dtype, **proof):
-    "Let transformers judge what an engine made of prompts; `failed`: what is wrong."
+    "Let transformers check an engine's answers; `failed` lists what is wrong."
     import torch
     model, tok = load_base(Recipe(base=str(model_dir), quant='none', dtype='fp32'))
     ends = tok.convert_tokens_to_ids([tok.eos_token, '<end_of_turn>'])
@@ -145,13 +145,13 @@ def _compare(model_dir, seen, asked, dtype, **proof):
     return proof | dict(failed=_failures(proof, dtype))
 
 def _next_logp(model, ids, places=1):
-    "The log-probability of every token after each of the last `places` of `ids`."
+    "Compute the log-probabilities of the token after each of the last `places` ids."
     import torch
     ids = torch.tensor([ids], device=model.device)
     return model(ids, logits_to_keep=places).logits[0].log_softmax(-1).numpy(force=True)
 
 def _margin(logp, answer, ends):
-    "Nats by which transformers prefers another token where an answer first parts."
+    "Find by how many nats transformers prefers another token where answers part."
     for row, token in zip(logp, answer):
         margin = row.max() - row[ends if token in ends else [token]].max()
         if margin > 0: return float(margin)
@@ -159,7 +159,7 @@ def _margin(logp, answer, ends):
 
 # %% ../nbs/proof.ipynb #d900039a
 def _counted(seen, gaps, moved, margins, dtype):
-    "Count what was compared, what differs, and which answers part only at a tie."
+    "Count what was compared, what differs, and which answers differ only by a tie."
     wrong = [s['prompt'] for s in seen if not s['same']]
     known = [margin for margin in margins if margin is not None]
     own = float(max(moved, default=0))
@@ -180,7 +180,7 @@ def _counted(seen, gaps, moved, margins, dtype):
 
 # %% ../nbs/proof.ipynb #59cb2d68
 def _failures(proof, dtype):
-    "One sentence for each thing that a proof found wrong."
+    "Write one sentence for each thing that a proof found wrong."
     numbers, greedy, found = proof['logprobs'], proof['greedy'], []
     for part, what in (('text', 'are rendered differently'),
                        ('tokens', 'have other tokens')):
@@ -194,10 +194,10 @@ def _failures(proof, dtype):
     checked, unknown = greedy['checked'], greedy['not_compared']
     if unknown > checked:
         found.append(f'{unknown} greedy answers could not be compared, {checked} could')
-    # q8_0 is no failure: its loss and its answers are evaluated instead
+    # not for q8_0: its loss and its answers are evaluated instead
     if dtype != 'q8_0' and greedy['different'] > .05 * checked:
-        found.append(f"{greedy['different']} of {checked} greedy answers differ, where "
-                     f"transformers is surer by up to {greedy['parted'][-1]:.3f} nats")
+        found.append(f"{greedy['different']} of {checked} greedy answers differ, by "
+                     f"up to {greedy['parted'][-1]:.3f} nats")
     return found
 
 # %% ../nbs/proof.ipynb #cd428b00
@@ -221,15 +221,15 @@ def compare_texts(
     return dict(checked=len(rows), different=len(wrong), examples=wrong[:5])
 
 def _post(client, path, **request):
-    "Ask for what the client's own methods leave out of an answer."
+    "Get a whole response; the client's own methods leave out parts of it."
     return client._request_raw('POST', path, json=dict(stream=False, **request)).json()
 
 # %% ../nbs/proof.ipynb #3510bf40
 def verify_ollama(
     name: str,              # a model that the server has
-    model_dir: Path,        # the merged folder that it was made of
+    model_dir: Path,        # the merged folder that it was made from
     rows: list[dict],       # their tokens are compared
-    asked: int = 100,       # so many of them, from the first, are answered too
+    asked: int = 100,       # this many, from the first, are answered too
     dtype: str = 'bf16',    # of its file: bf16, f16 or q8_0
     style: str = 'alpaca',  # as trained
     texts: list[dict] | None = None,  # rows whose text is compared; None: `rows`

@@ -19,7 +19,7 @@ def render_page(
     name: str,   # a template in kofinetune/assets
     **values,    # what it shows
 ) -> str:        # Markdown
-    "Fill in a template of the package, with the filters `as` and `cell`."
+    "Fill in a template of the package; it can use the filters `as` and `cell`."
     from jinja2 import Environment, PackageLoader, StrictUndefined
     pages = Environment(loader=PackageLoader('kofinetune', 'assets'), trim_blocks=True,
                         lstrip_blocks=True, keep_trailing_newline=True,
@@ -28,20 +28,20 @@ def render_page(
     return pages.get_template(name).render(**values)
 
 def _as(value, form, interval=None):
-    "Format a number, with its interval where there is one; '-' where it is unknown."
+    "Format a number, with its interval if it has one; '-' if it is unknown."
     if value is None: return '-'
     ends = f' ({interval[0]:{form}} to {interval[1]:{form}})' if interval else ''
     return format(value, form) + ends
 
 def _cell(value):
-    "Write a value so that it cannot break a table of Markdown."
+    "Write a value so that it cannot break a Markdown table."
     return str(value).replace('|', '\\|').replace('\n', '⏎')
 
 # %% ../nbs/report.ipynb #a0069282
 def read_run(
-    run: Path,  # a run whose eval stage is done
+    run: Path,  # a run that was evaluated
 ) -> dict:      # recipe, metrics, log, trained (rows), scores (row -> base and tuned)
-    "Read what `compare_runs` compares. FileNotFoundError where the stage is missing."
+    "Read what `compare_runs` compares. FileNotFoundError if the stage is missing."
     run, folder = Path(run), need(run, 'eval')
     rows, scores = (read_jsonl(folder/f'{x}.jsonl') for x in ('answers', 'scores'))
     return dict(recipe=asdict(Recipe.load(run/'recipe.json')),
@@ -54,13 +54,13 @@ def read_run(
 def _key(row): return row['instruction'], row['input'], row['output']
 
 def _tuned(row, score):
-    "Add to the tuned model's score whether its answer is right, where that is known."
+    "Add to the tuned model's score whether its answer is right, if that is known."
     if 'kind' not in row or row['tuned'] is None: return score['tuned']
     return score['tuned'] | dict(match=exact_match(row, row['tuned']), rows=1)
 
 # %% ../nbs/report.ipynb #5cead2ba
 def _shared_rows(read):
-    "List the rows that every run scored, and say what to know about them."
+    "List the rows that every run scored, and write notes about them."
     rows = [row for row in next(iter(read.values()))['scores']
             if all(row in r['scores'] for r in read.values())]
     if not rows:
@@ -116,7 +116,7 @@ def compare_runs(
 
 # %% ../nbs/report.ipynb #e77e6757
 def _table(runs, differences, recipe):
-    "Lay a comparison out as text: a heading, a line a measure, cost and field."
+    "Write a comparison as text: a heading, and a line per measure, cost and field."
     first, *others = runs
     lines = [['', *runs, *(f'{name} - {first} (95 %)' for name in others)]]
     for key in runs[first]:

@@ -12,12 +12,12 @@ from .chat import end_ids, tokenize
 
 # %% ../nbs/scoring.ipynb #c773fd2c
 def score_tokens(
-    hidden,           # (tokens, width): the states in front of the tokens
+    hidden,           # (tokens, width): the states before the tokens
     weight,           # (vocabulary, width): the head, frozen
     targets,          # (tokens,): ids
     learn = False,    # whether the log-probabilities have a gradient
     entries = 2048,   # vocabulary entries at a time
-) -> tuple:           # of each token: log-probability, entropy, hit, lead (nats)
+) -> tuple:           # for each token: log-probability, entropy, hit, lead (nats)
     "Score each token without holding its logits (as in Liger, arXiv 2410.10989)."
     import torch
     top = torch.full(targets.shape, -1e30, device=hidden.device)
@@ -50,7 +50,7 @@ def generate(
     max_new_tokens: int = 48,  # where an answer that does not stop is cut
     batch_size: int = 128,     # rows at once
     what: str = 'answering',   # for the progress bar
-) -> list[dict]:               # of each row: answer, and stopped (by itself)
+) -> list[dict]:               # for each row: answer, and stopped (by itself)
     "Answer every row greedily."
     import torch
     cut, ends = (tokenize(row, tok, style) for row in rows), end_ids(tok, style)
@@ -73,7 +73,7 @@ def generate(
 
 # %% ../nbs/scoring.ipynb #89e18add
 def _batches(texts, max_length, batch_tokens):
-    "Group texts (their indices) of about the same length, so many tokens in a batch."
+    "Group texts of similar length, by index, into batches of `batch_tokens`."
     batches = []
     fitting = [i for i, ids in enumerate(texts) if len(ids) <= max_length]
     for i in sorted(fitting, key=lambda i: len(texts[i])):
@@ -90,8 +90,8 @@ def answer_states(
     max_length: int = 512,     # a row that does not fit is left out
     batch_tokens: int = 1024,  # tokens at once, with padding; a longer row goes alone
     what: str = 'scoring',     # for the progress bar
-):                             # yields (row of each token, states in front, the tokens)
-    "Run `model` on `rows`, and yield what it makes of answer tokens and terminator."
+):                             # yields (row of each token, states before, the tokens)
+    "Run `model` on `rows`; yield the states before answer tokens and terminator."
     import torch
     made = [tokenize(row, tok, style) for row in rows]
     texts = [ids for ids, _, _ in made]
@@ -114,7 +114,7 @@ def answer_nll(
     style: str = 'alpaca',  # as trained
     max_length: int = 512,  # a row that does not fit is left out: its entry is None
     **more,                 # as for `answer_states`: batch_tokens, what
-) -> list[dict | None]:     # a row: nll (nats, summed), tokens, correct, sure, bytes
+) -> list[dict | None]:     # each row: nll (nats, summed), tokens, correct, sure, bytes
     "Score the answer of every row, its terminator included."
     scores, weight = [None] * len(rows), model.get_output_embeddings().weight
     batches = answer_states(model, tok, rows, style, max_length, **more)

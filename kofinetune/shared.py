@@ -15,7 +15,7 @@ from pathlib import Path
 def run_lock(
     run: Path,  # a run folder, made if absent
 ):
-    "Hold `run` for this thread, which may ask again. Another one gets a RuntimeError."
+    "Lock `run` for this thread, which may lock it again. RuntimeError for another one."
     from filelock import FileLock, Timeout
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def run_lock(
         yield
 
 def _holder(run, process=None):
-    "Read who holds `run`, or write it, after the byte that Windows lets nobody touch."
+    "Read or write who has the lock, after the first byte, which Windows locks."
     with (run/'.lock').open('r+b' if process else 'rb', buffering=0) as f:
         f.seek(1)
         if not process: return f.read().decode()
@@ -49,9 +49,9 @@ def _remove(path):
 # %% ../nbs/shared.ipynb #c39e3b01
 def make_once(
     name: str,  # in the cache
-    make,       # called with another path, where it makes a folder or a file
-) -> Path:      # where it is kept
-    "Make it elsewhere and rename it when whole. A second process waits for it."
+    make,       # makes a folder or a file at the path that it is given
+) -> Path:      # its path in the cache
+    "Make it under another name, then rename it. A second process waits for it."
     from filelock import FileLock
     path = _cache_dir()/name
     if path.exists(): return path
@@ -73,7 +73,7 @@ _OURS = re.compile(r'\.?((gguf)-[0-9a-f]{16}-\d|(rehearsal-base)-[0-9a-f]{12}|'
                    r'(sources)/[0-9a-f]{12}-.+?)(-made)?')
 
 def cached(
-    clear: bool = False,   # remove what is there, unless it is being made
+    clear: bool = False,   # remove all of it, unless it is being made
 ) -> tuple[str, tuple, list[tuple]]:   # title, columns and rows of a table
     "List what the cache holds, and how large it is."
     from filelock import FileLock, Timeout
@@ -96,6 +96,6 @@ def cached(
     return f'{home}, removed' if clear else f'{home}', ('', '', 'MB'), rows
 
 def _discard(path):
-    "Rename it first: Windows refuses while a file is in use, and nothing is half gone."
+    "Rename it first: Windows refuses if a file is in use, so nothing is half gone."
     made = path.with_name(f'.{path.name.removeprefix(".").removesuffix("-made")}-made')
     _remove(path.replace(made))

@@ -10,14 +10,14 @@ import math
 import numpy as np
 
 # %% ../nbs/stats.ipynb #e10f3687
-# of each measure: what is summed over the rows, what that is divided by, and the unit
+# for each measure: the sum over the rows, the sum that divides it, and the unit
 _MEASURES = dict(answer_nll=('nll', 'tokens', 1),
                  token_accuracy=('correct', 'tokens', 1),
                  bits_per_byte=('nll', 'bytes', math.log(2)),
                  exact_match=('match', 'rows', 1))
 
 def _ratios(scores, measure, seed):
-    "Compute a measure of all rows, then of a thousand draws of them."
+    "Compute a measure over all rows, then over a thousand draws of them."
     above, below, unit = _MEASURES[measure]
     rows = len(scores)
     draws = np.random.default_rng(seed).multinomial(rows, [1 / rows] * rows, size=1000)
@@ -26,7 +26,7 @@ def _ratios(scores, measure, seed):
     return top / np.maximum(bottom, 1) / unit
 
 def _with_ci(name, values):
-    "Name the first value, and the interval that holds 95 % of the others."
+    "Return the first value, and the interval that holds 95 % of the others."
     interval = np.quantile(values[1:], [.025, .975]).tolist()
     return {name: float(values[0]), f'{name}_ci': interval}
 
@@ -54,25 +54,25 @@ def paired_difference(
     measure: str = 'answer_nll',            # token_accuracy, bits_per_byte, exact_match
     seed: int = 0,
 ) -> dict:                                  # difference (second - first), difference_ci
-    "Bootstrap the difference of a measure over the rows that both were scored on."
+    "Bootstrap the difference of a measure on rows that both models scored."
     if len(first) != len(second):
-        raise ValueError(f'{len(first)} rows against {len(second)}: a pair needs both')
+        raise ValueError(f'{len(first)} rows against {len(second)}: use the same rows')
     one, other = (_ratios(scores, measure, seed) for scores in (first, second))
     return _with_ci('difference', other - one)   # the same seed, so the same draws
 
 # %% ../nbs/stats.ipynb #8b0fbee6
 def exact_match(
-    row: dict,     # with the output that is wanted
+    row: dict,     # its output is the wanted answer
     answer: str,   # what a model wrote
 ) -> bool:
-    "Say whether `answer` is the row's output, apart from white space around it."
+    "Say whether `answer` is the row's output, ignoring white space around it."
     return answer.strip() == row['output'].strip()
 
 # %% ../nbs/stats.ipynb #0ffac31b
 def share_ci(
     hits: int,
-    of: int,         # how many could have been hits
+    of: int,         # how many there could have been
 ) -> list[float]:    # low and high, 95 %
-    "Give a share Wilson's interval."
+    "Compute Wilson's interval of a share."
     from scipy.stats import binomtest
     return list(map(float, binomtest(hits, of).proportion_ci(method='wilson')))
