@@ -48,10 +48,12 @@ def _modelfile_value(text, where):
     return f'{where} """{text}"""'
 
 # %% ../nbs/03_ollama_export.ipynb #9d5eb3a7
+_GREEDY = dict(temperature=0., repeat_penalty=1.)   # else Ollama's own defaults
+
 def modelfile(
     gguf: str,                       # the file's name, beside the Modelfile
     style: str = 'alpaca',           # the prompt style of the training
-    temperature: float = 0.0,
+    sampling: dict = _GREEDY,        # as a recipe's `sampling()`
     num_ctx: int = 2048,             # tokens of prompt and answer
     num_predict: int = 256,          # the most tokens in an answer
     threads: int = 0,                # 0: Ollama chooses
@@ -61,8 +63,8 @@ def modelfile(
     if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*\.gguf', gguf):
         raise ValueError(f'FROM {gguf!r}: write the ASCII name of a .gguf file; Ollama '
                          'takes anything else for a model to download')
-    parameters = dict(temperature=temperature, num_ctx=num_ctx, num_predict=num_predict,
-                      repeat_penalty=1.0)
+    parameters = dict(temperature=0., num_ctx=num_ctx, num_predict=num_predict)
+    parameters |= sampling
     if threads: parameters['num_thread'] = threads
     lines = [f'FROM ./{gguf}', _modelfile_value(_template(style), 'TEMPLATE')]
     lines += [f'PARAMETER {name} {value:g}' for name, value in parameters.items()]
@@ -123,7 +125,7 @@ def _write_files(recipe, run, folder, name):
         served = f'model-{dtype}.gguf'
         made[served] = write_gguf(run/'merged', folder/served, dtype, name)
     one = int(made[served]['bytes'] < 30e6)   # threads would mostly wait for each other
-    text = modelfile(served, recipe.style, recipe.temperature, recipe.num_ctx,
+    text = modelfile(served, recipe.style, recipe.sampling(), recipe.num_ctx,
                      recipe.max_new_tokens, one, licences(recipe.source, recipe.base))
     (folder/'Modelfile').write_text(text, encoding='utf-8', newline='\n')
     return dict(name=name, served_file=served, files=made, registered=False)

@@ -61,6 +61,9 @@ class Recipe:
     # export
     max_new_tokens: int = 256    # the longest answer, in tokens
     temperature: float = 0.0     # 0: always the likeliest token
+    top_k: int = 64              # else one of so many likely tokens; 0: of all of them
+    top_p: float = 0.95          # the likeliest tokens, up to this sum; 1: all of them
+    repeat_penalty: float = 1.0  # above 1, tokens that were just used are less likely
     num_ctx: int = 2048          # tokens of prompt and answer that Ollama keeps in view
     # eval
     eval_rows: int = 0           # held-out rows to evaluate on; 0 takes all
@@ -118,6 +121,12 @@ class Recipe:
         "Say what peft's LoraConfig is given: defaults, rank, the recipe's options."
         return _LORA | dict(r=self.lora_r) | self.lora
 
+    def sampling(self) -> dict:
+        "Say how the next token is chosen, in the names of Ollama and llama.cpp."
+        used = ('temperature', 'repeat_penalty', 'top_k', 'top_p')
+        return {name: getattr(self, name)
+                for name in (used if self.temperature else used[:2])}
+
     def trainer_options(self) -> dict:
         "Say what TRL's SFTConfig is given of them: defaults, the recipe's options."
         return _TRAINER | self.trainer
@@ -125,6 +134,7 @@ class Recipe:
 # %% ../nbs/recipe.ipynb #645c5cad
 _LEAST = dict(lora_r=1, max_length=8, batch_size=1, grad_accum=1, max_new_tokens=1,
               num_ctx=64)   # 0 of every other number
+_ABOVE_0 = 'epochs', 'learning_rate', 'save_steps', 'top_p', 'repeat_penalty'
 
 # %% ../nbs/recipe.ipynb #f49b2716
 def _field_faults(f, value):
@@ -135,7 +145,7 @@ def _field_faults(f, value):
         yield f'{name} is {value!r}; it must be {kind.__name__}'
     if name in _CHOICES and value not in _CHOICES[name]:
         yield f'{name} is {value!r}; it is one of {", ".join(_CHOICES[name])}'
-    if name in ('epochs', 'learning_rate', 'save_steps') and value <= 0:
+    if name in _ABOVE_0 and value <= 0:
         yield f'{name} is {value}; it must be more than 0'
     least = _LEAST.get(name, 0)
     if kind in (int, float) and not least <= value < 1 << 32:   # NaN is neither

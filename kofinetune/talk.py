@@ -8,6 +8,7 @@ __all__ = ['chat']
 # %% ../nbs/talk.ipynb #a91b9b58
 import json, unicodedata
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,10 +44,8 @@ def _ask_ollama(name, prompt, write):
                 raw=True, truncate=False, shift=False)
 
 # %% ../nbs/talk.ipynb #03dcda83
-_SAMPLING = dict(top_k=40, top_p=.9)   # as Ollama does, where the temperature is not 0
-
 def _ask_transformers(model, tok, recipe, row, write):
-    "Let a model of transformers answer, with the recipe's temperature."
+    "Let a model of transformers answer, with the recipe's sampling."
     from kofinetune.chat import end_ids, tokenize
     (ids, _, start), new, shown = tokenize(row, tok, recipe.style), [], ['']
     if start > recipe.num_ctx:
@@ -58,9 +57,9 @@ def _ask_transformers(model, tok, recipe, row, write):
         if text.endswith('\ufffd'): return   # a part of a letter
         write(text[len(shown[0]):])
         shown[0] = text
-    options = dict(do_sample=False)
-    if recipe.temperature:
-        options = dict(do_sample=True, temperature=recipe.temperature, **_SAMPLING)
+    chosen = recipe.sampling()
+    options = dict(do_sample=False, repetition_penalty=chosen.pop('repeat_penalty'))
+    if recipe.temperature: options |= chosen | dict(do_sample=True)
     batch = tok.pad(dict(input_ids=[ids[:start]]), return_tensors='pt').to(model.device)
     model.generate(**batch, **options, max_new_tokens=recipe.max_new_tokens,
                    eos_token_id=end_ids(tok, recipe.style),
@@ -101,11 +100,12 @@ def _open(run, recipe, name):
         from kofinetune.proof import serve_gguf
         said = run/'ollama'/'Modelfile'
         known = read_modelfile(said.read_text(encoding='utf-8')) if exported else {}
-        options = dict(temperature=recipe.temperature, n_predict=recipe.max_new_tokens,
-                       stop=known.get('parameters', {}).get('stop', []), min_p=0)
+        options = recipe.sampling() | dict(
+            n_predict=recipe.max_new_tokens, min_p=0,
+            stop=known.get('parameters', {}).get('stop', []))
         with serve_gguf(path, recipe.num_ctx) as server:
             yield f'llama.cpp, {path}', lambda row, write: _stream(
-                server, '/completion', write, **options, **_SAMPLING,
+                server, '/completion', write, **options,
                 prompt=format_prompt(row, recipe.style))
         return
     model, tok = _load(run, recipe, name)
@@ -128,21 +128,46 @@ def _answer(engine, row):
     print()
     return ''.join(made)
 
+def _reply(engines, turns, question):
+    "Let each model answer a question; `turns` (a name -> messages) gains both."
+    if question == '/clear': return turns.clear()
+    for name, engine in engines.items():
+        row = _row(question, turns.get(name, []))
+        if len(engines) > 1: print(f'{name}: ', end='')
+        try: said = _answer(engine, row)
+        except _TooLong as e: print(f'(not answered: {e}; /clear starts over)')
+        else: turns[name] = [*row['messages'], dict(role='assistant', content=said)]
+
 def _talk(engines):
     "Answer questions until an empty line, Ctrl-D or /bye."
-    turns = {name: [] for name in engines}
-    while (question := _read()) not in ('', '/bye'):
-        if question == '/clear':
-            turns = {name: [] for name in engines}
-            continue
-        for name, engine in engines.items():
-            row = _row(question, turns[name])
-            if len(engines) > 1: print(f'{name}: ', end='')
-            try: said = _answer(engine, row)
-            except _TooLong as e:
-                print(f'(not answered: {e}; /clear starts over)')
-                continue
-            turns[name] = [*row['messages'], dict(role='assistant', content=said)]
+    turns = {}
+    while (question := _read()) not in ('', '/bye'): _reply(engines, turns, question)
+
+# %% ../nbs/talk.ipynb #0dabdc4b
+def _has_widgets():
+    "Is this a notebook that can show a text box?"
+    if not find_spec('ipywidgets'): return False
+    from IPython import get_ipython
+    return hasattr(get_ipython(), 'kernel')
+
+def _show_box(engines, models):
+    "Show a text box; each answer streams in above it. /bye closes it and `models`."
+    from IPython.display import display
+    from ipywidgets import Layout, Output, Text, VBox
+    said, turns = Output(), {}
+    box = Text(placeholder='Ask, then press Enter. /clear starts over, /bye ends.',
+               continuous_update=False, layout=Layout(width='100%'))
+    def ask(change):
+        question = unicodedata.normalize('NFC', change.new.strip())
+        if not question: return
+        box.value = ''   # ready for the next one
+        with said:
+            print(f'> {question}')
+            if question != '/bye': return _reply(engines, turns, question)
+            box.close()
+            models.close()
+    box.observe(ask, 'value')
+    display(VBox([said, box]))
 
 # %% ../nbs/talk.ipynb #99bffa65
 def _ask_once(run, recipe, names, question, given):
@@ -158,7 +183,7 @@ def _ask_once(run, recipe, names, question, given):
 def chat(
     run: Path,             # a run whose adapter is there
     model: str = 'tuned',  # tuned, base or both
-    question: str = '',    # ask this alone; empty: a conversation on the terminal
+    question: str = '',    # ask this alone; empty: a conversation
     given: str = '',       # the input that goes with the question
 ):
     "Talk to a run's model, or ask it one question. /clear forgets, /bye ends."
@@ -182,5 +207,6 @@ def chat(
             print(f'{name}: {where}')
         if recipe.style in ('alpaca', 'blog'):
             print(f'Style {recipe.style} knows single questions: each is asked alone.')
+        if _has_widgets(): return _show_box(engines, stack.pop_all())
         print('An empty line, Ctrl-D or /bye ends; /clear starts over.')
         _talk(engines)

@@ -237,12 +237,14 @@ def test_the_real_size(tmp_path):
 
 
 def test_one_file_only(rehearsal_run, tmp_path, monkeypatch):
-    "gguf=bf16 writes that file alone, and the Modelfile names it."
+    "gguf=bf16 writes that file alone; the Modelfile names it, and says how the recipe chooses the next token."
     monkeypatch.setenv('OLLAMA_HOST', '127.0.0.1:9')
     run = copied(rehearsal_run, tmp_path)
-    result = export_ollama(Recipe.named('rehearsal').replace(gguf=('bf16',), style='alpaca'), run, force=True)
+    result = export_ollama(Recipe.named('rehearsal').replace(gguf=('bf16',), style='alpaca', temperature=.7, repeat_penalty=1.1), run, force=True)
     assert {p.name for p in (run/'ollama').iterdir()} == {'model-bf16.gguf', 'Modelfile', 'verify.json'}
-    assert read_modelfile((run/'ollama'/'Modelfile').read_text(encoding='utf-8'))['from'] == './model-bf16.gguf'
+    made = read_modelfile((run/'ollama'/'Modelfile').read_text(encoding='utf-8'))
+    assert made['from'] == './model-bf16.gguf'
+    assert made['parameters'] == dict(temperature=.7, top_k=64, top_p=.95, repeat_penalty=1.1, num_ctx=512, num_predict=48, num_thread=1, stop=made['parameters']['stop'])
     said = json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
     assert 'http://127.0.0.1:9' in said['text']['skipped'] and said['server'] is None
     assert said['tokens']['checked'] >= 100 and said['tokens']['different'] == 0 and not result['registered']

@@ -101,9 +101,11 @@ class Lab:
             disk = wait_for(lambda: saved(self.folder/'nbs'/f'{name}.ipynb', model))
             return dict(name=name, suffix=suffix, seconds=round(seconds, 1), model=model, disk=disk, picture=picture, outside=page.outside,
                         complaints=page.complaints, times=times(disk))
-        finally:
-            page.close()
-            for session in self.api('GET', '/api/sessions').json(): self.api('DELETE', f'/api/sessions/{session["id"]}')
+        finally: self.leave(page)
+
+    def leave(self, page):
+        page.close()
+        for session in self.api('GET', '/api/sessions').json(): self.api('DELETE', f'/api/sessions/{session["id"]}')
 
 
 def write(path, value):
@@ -200,3 +202,24 @@ def test_a_second_run_all_reuses_what_is_done_and_says_so(lab, name):
     changed = {path.relative_to(lab.folder).as_posix() for path in before if before[path] != after.get(path)}
     allowed = '.lock', 'log.txt', 'manifest.json', 'ollama/verify.json'     # 03 verifies again, and writes that down
     assert changed <= {f'runs/rehearsal/{name}' for name in allowed}
+
+
+def test_a_run_is_talked_to_in_a_box_of_the_page(lab):
+    cell = nbformat.v4.new_code_cell("from kofinetune.talk import chat\nchat('../runs/rehearsal')")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), lab.folder/'nbs'/'box.ipynb')
+    page = lab.open('/lab/tree/box.ipynb')
+    try:
+        wait_for(lambda: ready(page.evaluate(STATE), 'box'), 120)
+        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        box, said = page.get_by_placeholder('Ask, then press Enter'), page.locator('.jupyter-widgets pre')
+        for question, answer in (("'사과'에 은/는 가운데 알맞은 조사를 붙여 쓰세요.", '사과는'), ("'국수'에 이/가 가운데 알맞은 조사를 붙여 쓰세요.", '국수가')):
+            box.fill(question)
+            box.press('Enter')
+            said.filter(has_text=f'> {question}\n{answer}\n').wait_for(timeout=60_000)
+        assert box.input_value() == ''
+        page.screenshot(path=SHOTS/'lab-box.png')
+        box.fill('/bye')
+        box.press('Enter')
+        box.wait_for(state='detached')
+        assert errors(page.evaluate(STATE)['cells']) == [] and page.complaints == [] and page.outside == []
+    finally: lab.leave(page)
