@@ -6,10 +6,10 @@ import ast, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = dict(module_lines=3600, with_later_modules=4734, largest_module=300, public_names=120, unused_names=0, private_imports=0,
+LIMITS = dict(module_lines=3600, with_later_modules=4738, largest_module=300, public_names=120, unused_names=0, private_imports=0,
               largest_lesson_cells=80, longest_exported_cell=30, long_lines=0)
 # what they keep to: 3,600 lines, 400 a module, 120 names, none unused, none private, 80 cells, 30 lines, none over 88 characters
-LATER = ('speed', 'formats', 'tables', 'dialogs', 'talk', 'chat', 'messages', 'shared')   # came or grew after the 3,600 lines, as modules of their own; `with_later_modules` counts them too: 22 more for fewer passes in `speed`, 96 for conversations made by code in `dialogs`, 173 (and 7 fewer in `cli`) for a conversation in the terminal and in a notebook in `talk`, 250 for conversations (162 in `chat`, 37 in `messages`, 36 in `formats`, 8 in `talk`, 7 where they are used), 8 for few lengths in `speed`, 10 for the recipe's sampling (1 of them in `talk`), 72 for the lock and the cache in `shared` (19 of them from `runs`, 12 from `rehearsal`, 2 from `data`)
+LATER = ('speed', 'formats', 'tables', 'dialogs', 'talk', 'chat', 'messages', 'shared')   # came or grew after the 3,600 lines, as modules of their own; `with_later_modules` counts them too: 22 more for fewer passes in `speed`, 96 for conversations made by code in `dialogs`, 173 (and 7 fewer in `cli`) for a conversation in the terminal and in a notebook in `talk`, 250 for conversations (162 in `chat`, 37 in `messages`, 36 in `formats`, 8 in `talk`, 7 where they are used), 8 for few lengths in `speed`, 14 for the recipe's sampling and for files evaluated in bf16 (13 of them within the 3,600), 72 for the lock and the cache in `shared` (19 of them from `runs`, 12 from `rehearsal`, 2 from `data`)
 LESSONS = ('00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval')
 
 

@@ -115,10 +115,7 @@ def main():
     parser.add_argument('--run', type=Path, help='where to keep the run of laptop (or of what --only names), which must not be there; else it is thrown away')
     parser.add_argument('--only', choices=['laptop', 'best', 'dialogs'])
     args = parser.parse_args()
-    found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').is_file() else None
-    flags = [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in Path('/proc/cpuinfo').read_text().split()] if found else []
-    result = dict(machine=dict(processor=found[1] if found else platform.machine(), flags=flags, cores=os.cpu_count(), faster_dtype=_auto_dtype(),
-                               bf16_gflops=gflops()), versions={p: version(p) for p in VERSIONED})
+    result = dict(machine=machine(), versions={p: version(p) for p in VERSIONED})
     with tempfile.TemporaryDirectory(prefix='gemma-') as scratch, ollama(Path(scratch)):
         def place(name): return args.run if args.run and name == (args.only or 'laptop') else Path(scratch)/name
         parts = dict(laptop=lambda: laptop(place('laptop')), best=lambda: best(place('best'), args.rows), dialogs=lambda: dialogs(place('dialogs')))
@@ -128,6 +125,13 @@ def main():
             print(f'{name}: {json.dumps(result[name], ensure_ascii=False)}', flush=True)
             if args.json: write_json(result, args.json)      # now, for the next part may take long
     print(json.dumps(result, ensure_ascii=False))
+
+
+def machine():
+    "The processor, what it can, and how fast it is."
+    found = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').is_file() else None
+    flags = [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in Path('/proc/cpuinfo').read_text().split()] if found else []
+    return dict(processor=found[1] if found else platform.machine(), flags=flags, cores=os.cpu_count(), faster_dtype=_auto_dtype(), bf16_gflops=gflops())
 
 
 def gflops():

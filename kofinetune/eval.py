@@ -19,11 +19,8 @@ from .scoring import answer_nll, generate
 from .train import load_tuned, plot_loss
 
 # %% ../nbs/04_eval.ipynb #e9c30856
-def _distinct(
-    units: str | list[str],  # a text, or its words
-    n: int = 2,              # how many in a row
-) -> float:                  # 1: none occurs twice; towards 0: a loop
-    "Share of the n-grams of `units` that differ from each other (distinct-n)."
+def _distinct(units, n=2):   # 1: no n-gram occurs twice; towards 0: a loop
+    "Share of the n-grams of a text, or of its words, that differ (distinct-n)."
     grams = [tuple(units[i:i + n]) for i in range(len(units) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
@@ -98,8 +95,19 @@ def _load_evaluated(name, recipe, run):
     merged = need(run, 'merged')
     if name == 'merged': return load_base(recipe, quant='none', path=merged)
     file = need(run, 'ollama')/f'model-{name.removeprefix("gguf-")}.gguf'
-    model = load_gguf(merged, file).to(pick_device(recipe)[0])
-    return model.eval(), load_tokenizer(recipe)
+    model = load_gguf(merged, file).eval()
+    if recipe.dtype == 'bf16': model = _in_two(model)
+    return model.to(pick_device(recipe)[0]), load_tokenizer(recipe)
+
+def _in_two(model):
+    "Replace each fp32 matrix by two in bf16 that add up to it: quicker than fp32."
+    from torch.nn import Linear, functional as F
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer is not model.get_output_embeddings():
+            high = layer.weight.bfloat16()
+            parts = high, (layer.weight - high).bfloat16()
+            layer.forward = lambda x, p=parts: F.linear(x, p[0]) + F.linear(x, p[1])
+    return model.bfloat16()
 
 # %% ../nbs/04_eval.ipynb #0df32f68
 def _measure_all(recipe, run, rows, asked):
@@ -127,7 +135,6 @@ def _measure(name, recipe, run, rows, asked):
     model, tok = _load_evaluated(name, recipe, run)
     scores = answer_nll(model, tok, rows, recipe.style, recipe.max_length,
                         what=f'{name} scores')
-    if name.startswith('gguf-'): model.to(pick_device(settle_dtype(recipe, run))[1])
     made = {i: dict(answer=format_answer(rows[i], recipe.style), stopped=True)
             for i in asked if (s := scores[i])   # sure of each token of this answer
             and s['sure'] == s['tokens'] <= recipe.max_new_tokens}

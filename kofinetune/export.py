@@ -48,12 +48,10 @@ def _modelfile_value(text, where):
     return f'{where} """{text}"""'
 
 # %% ../nbs/03_ollama_export.ipynb #9d5eb3a7
-_GREEDY = dict(temperature=0., repeat_penalty=1.)   # else Ollama's own defaults
-
 def modelfile(
     gguf: str,                       # the file's name, beside the Modelfile
     style: str = 'alpaca',           # the prompt style of the training
-    sampling: dict = _GREEDY,        # as a recipe's `sampling()`
+    sampling: dict = dict(temperature=0., repeat_penalty=1.),  # see `Recipe.sampling`
     num_ctx: int = 2048,             # tokens of prompt and answer
     num_predict: int = 256,          # the most tokens in an answer
     threads: int = 0,                # 0: Ollama chooses
@@ -63,8 +61,7 @@ def modelfile(
     if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*\.gguf', gguf):
         raise ValueError(f'FROM {gguf!r}: write the ASCII name of a .gguf file; Ollama '
                          'takes anything else for a model to download')
-    parameters = dict(temperature=0., num_ctx=num_ctx, num_predict=num_predict)
-    parameters |= sampling
+    parameters = sampling | dict(num_ctx=num_ctx, num_predict=num_predict)
     if threads: parameters['num_thread'] = threads
     lines = [f'FROM ./{gguf}', _modelfile_value(_template(style), 'TEMPLATE')]
     lines += [f'PARAMETER {name} {value:g}' for name, value in parameters.items()]

@@ -123,9 +123,8 @@ class Recipe:
 
     def sampling(self) -> dict:
         "Say how the next token is chosen, in the names of Ollama and llama.cpp."
-        used = ('temperature', 'repeat_penalty', 'top_k', 'top_p')
-        return {name: getattr(self, name)
-                for name in (used if self.temperature else used[:2])}
+        names = 'temperature', 'repeat_penalty', 'top_k', 'top_p'
+        return {n: getattr(self, n) for n in names[:4 if self.temperature else 2]}
 
     def trainer_options(self) -> dict:
         "Say what TRL's SFTConfig is given of them: defaults, the recipe's options."

@@ -255,6 +255,7 @@ def load_tuned(
     folder, recipe = need(run, 'adapter'), settle_dtype(recipe, run)
     if recipe.adapter == 'none': return load_base(recipe, 'none', path=folder)
     model, tok = load_base(recipe)
+    if recipe.dequantize and recipe.quant == 'nf4': model = model.dequantize()
     if not (folder/'adapter_model.safetensors').is_file():   # peft would take a pickle
         raise FileNotFoundError(f'{folder}/adapter_model.safetensors is missing; '
                                 'a pickle in its place is not read')

@@ -17,7 +17,7 @@ from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.stats import exact_match, paired_difference, share_ci, summarize
 from kofinetune.scoring import answer_nll, generate
 from kofinetune.report import compare_runs, render_page
-from kofinetune.eval import _side_by_side, evaluate
+from kofinetune.eval import _in_two, _side_by_side, evaluate
 from kofinetune.train import encode
 
 
@@ -148,6 +148,18 @@ def test_answers_that_follow_from_the_scores_are_those_that_are_generated(report
     made = generate(*merged, rows)
     assert [a['answer'] for a in made] == [row['merged'] for row in rows]
     assert all(a['stopped'] for a, sure in zip(made, known) if sure) and all(s['merged']['sure'] <= s['merged']['correct'] for s in scores)
+
+
+def test_a_files_matrix_keeps_in_bf16_what_bf16_would_round_away():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+            for layer in (self.body, self.head): layer.weight.data = torch.tensor([[1 + 2 ** -10, -1.]])
+        def get_output_embeddings(self): return self.head
+    model, one = _in_two(Model()), torch.ones(1, 2, dtype=torch.bfloat16)
+    assert model.body(one).item() == 2 ** -10 and model.body(one).dtype == torch.bfloat16
+    assert model.head(one).item() == 0                 # the head is the embedding: rounded
 
 
 def test_worse_answers_are_shown_first_and_no_more_than_a_quarter():

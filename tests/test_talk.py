@@ -137,7 +137,7 @@ def test_the_temperature_of_the_recipe_counts(rehearsal_run, alone):
 
 @pytest.mark.parametrize('name', ['tuned', 'base'])
 def test_the_other_fields_of_sampling_count(rehearsal_run, alone, name):
-    row = dict(instruction='하나를 고르세요.', input='')
+    row = dict(instruction=PRICE, input='')
     def said(**changes): return ''.join(pieces(rehearsal_run, name, row, **changes)[1])
     cold = said()
     assert said(temperature=5., top_k=1) == said(temperature=5., top_p=1e-6) == cold     # one token is left to choose from

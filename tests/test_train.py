@@ -9,7 +9,7 @@ from kofinetune.recipe import Recipe
 from kofinetune.runs import read_jsonl
 from kofinetune.data import load_rows, prepare
 from kofinetune.base import load_base, load_tokenizer
-from kofinetune.train import _drawn, add_lora, encode, encode_rows, finetune, make_trainer
+from kofinetune.train import _drawn, add_lora, encode, encode_rows, finetune, load_tuned, make_trainer
 
 
 @pytest.fixture(scope='module')
@@ -174,6 +174,15 @@ def test_measuring_between_two_steps_changes_neither_loss_nor_gradient(tok):
     after = loss_and_gradients()
     assert abs(measured.item() - before[0]) < 1e-5 and before[0] == after[0]
     assert len(before) == 57 and all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+
+
+@pytest.mark.parametrize('dequantize', [True, False])
+def test_what_is_loaded_to_answer_is_unpacked_once_too(tmp_path, dequantize):
+    recipe = Recipe.named('rehearsal').replace(rows=40, valid_rows=4, epochs=1.0, dequantize=dequantize)
+    prepare(recipe, tmp_path)
+    finetune(recipe, tmp_path)
+    packed = [m for m in load_tuned(recipe, tmp_path)[0].modules() if type(m).__name__ == 'Linear4bit']
+    assert bool(packed) != dequantize
 
 
 def test_the_repacking_is_off_on_every_processor(monkeypatch):
