@@ -153,7 +153,7 @@ def test_fields_map_any_name_and_a_wrong_map_is_refused(tmp_path):
     path = written(tmp_path, {'손님': '', '직원': '네.', 'question': '다른 글'})
     with pytest.raises(ValueError, match='the instruction is empty'): read_rows(path, {'손님': 'instruction', '직원': 'output'})
     with pytest.raises(ValueError, match="'고객', and no row"): read_rows(path, {'고객': 'instruction'})
-    with pytest.raises(ValueError, match="fields.손님 is 'instuction'; it is one of instruction, input"): read_rows(path, {'손님': 'instuction'})
+    with pytest.raises(ValueError, match="fields.손님 is 'instuction'; it must be one of instruction, input"): read_rows(path, {'손님': 'instuction'})
 
 
 # ---- kinds of files
