@@ -29,7 +29,7 @@ class Recipe:
     base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a Hub name
     source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, your rows
     style: str = 'auto'          # chat, alpaca, blog; auto: chat if base has a template
-    rows: int = 0                # use only this many, from the first; 0: all
+    rows: int = 0                # take this many rows from the start; 0: all
     valid_rows: float = 0.1      # rows held out of training; below 1: a share of all
     epochs: float = 3.0          # passes over the training rows
     learning_rate: float = 2e-4  # the highest learning rate
@@ -43,14 +43,14 @@ class Recipe:
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and count them
     drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags whose rows go
     normalize: bool = True       # compose Hangul to NFC, strip the space around a text
-    seed: int = 42               # decides the split, row order, first weights
+    seed: int = 42               # decides the split, the row order, the first weights
     # train
     revision: str = ''           # the Hub commit of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
     dequantize: bool = True      # unpack an nf4 base once: faster, same numbers
     adapter: str = 'lora'        # lora, or none: train all weights (needs quant none)
     lora: dict = field(default_factory=dict)     # for LoraConfig; lora_alpha is 32
-    trainer: dict = field(default_factory=dict)  # for SFTConfig: warmup_steps...
+    trainer: dict = field(default_factory=dict)  # for SFTConfig, such as warmup_steps
     loss: str = 'answer'         # answer: answer and terminator; whole: the prompt too
     packing: bool = True         # several rows in one sequence, kept apart
     grad_accum: int = 4          # batches added up for one step, over all devices
