@@ -283,7 +283,7 @@ WRONG = {
     'a word for a number': (lambda b: change(b/'config.json', lambda c: c.update(hidden_size='wide')), 'could not be loaded'),
     'half the weights': (lambda b: half(b/'model.safetensors'), 'could not be loaded'),
     'no weights': (lambda b: (b/'model.safetensors').unlink(), 'could not be loaded'),
-    'a layer without weights': (lambda b: reweigh(b, lambda w: w.pop('model.layers.3.mlp.up_proj.weight')), 'layers.3.mlp.up_proj.weight is in its'),
+    'a layer without weights': (lambda b: reweigh(b, lambda w: w.pop('model.layers.3.mlp.up_proj.weight')), 'layers.3.mlp.up_proj.weight is only in its'),
     'weights of more layers': (lambda b: reweigh(b, rename_layer), 'model.layers.9.mlp.up_proj.weight is only in its weights, or only in its config.json'),
     'other widths': (lambda b: change(b/'config.json', lambda c: c.update(intermediate_size=512)), 'could not be loaded'),
     'no tokenizer': (lambda b: [p.unlink() for p in b.glob('tokenizer*')], 'has no tokenizer'),
