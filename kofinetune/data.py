@@ -110,7 +110,7 @@ def _classes(rows, most):
     return [name if often[name] * most >= len(rows) else name[:1] for name in full]
 
 def _draw(names, classes, most):
-    "Choose groups of `most` rows; each class alone, where a share is 5 points off."
+    "Choose groups of `most` rows in all; by class, if a share is 5 points off."
     sizes, held, goal = Counter(names), set(), 0
     def take(keys, room):
         for key in sorted(set(keys) - held):
@@ -134,13 +134,13 @@ def _draw(names, classes, most):
 def split_rows(
     rows: list[dict],   # checked rows
     valid_rows: int,    # how many to hold out
-    seed: int = 0,      # another seed, another draw
+    seed: int = 0,      # another seed draws other rows
     pairs: list[tuple[int, int]] = (),  # rows that must stay together (`near_pairs`)
 ) -> tuple[list[dict], list[dict]]:     # training and held-out rows, in file order
-    "Hold out `valid_rows` rows, whole groups, by a hash; of few answers a share each."
+    "Hold out `valid_rows` rows by hash, in whole groups; keep common answers' shares."
     if not 0 <= valid_rows < max(len(rows), 1):
-        raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it lies '
-                         f'from 0 to {len(rows) - 1}')
+        raise ValueError(f'valid_rows is {valid_rows}; with {len(rows)} rows it must '
+                         f'be from 0 to {len(rows) - 1}')
     questions = (f'{seed}\0{row["instruction"]}\0{row["input"]}'
                  for row in map(_whole, rows))
     keys = [hashlib.sha256(text.encode()).digest() for text in questions]
@@ -158,7 +158,7 @@ def split_rows(
 
 # %% ../nbs/00_data.ipynb #0a3bb3ba
 def _reasons(recipe, read, report, taken):
-    "Count why rows are left out, bad ones first: (reason -> count, text)."
+    "Count why rows are left out, faults first: (reason -> count, text)."
     flagged = {name: set(report['flags'][name]) for name in recipe.drop}
     dropped = Counter(next(name for name in flagged if i in flagged[name])
                       for i in report['dropped'])
@@ -221,10 +221,10 @@ def _identity(path):
 # %% ../nbs/00_data.ipynb #24451eca
 def rows_to_measure(
     run: Path,            # a run whose data stage is done
-    most: int = 0,        # rows at most; 0: all
-    fill: bool = False,   # with training rows, where fewer than `most` are held out
-) -> tuple[list[dict], bool]:   # the rows; were they held out?
-    "Take the rows that models are measured on: held-out ones, or else training rows."
+    most: int = 0,        # the most rows to take; 0: all
+    fill: bool = False,   # add training rows if fewer than `most` are held out
+) -> tuple[list[dict], bool]:   # the rows; whether any were held out
+    "Take the rows that models are measured on: held-out rows, or else training rows."
     data = need(run, 'data')
     valid = read_jsonl(data/'valid.jsonl')
     more = read_jsonl(data/'train.jsonl') if fill or not valid else []

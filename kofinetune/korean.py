@@ -20,7 +20,7 @@ def _has_hangul(text: str) -> bool:
 def hangul_share(
     text: str,
 ) -> float:  # 0 to 1; 1 for a text without letters
-    "Share of the letters of `text` that are Hangul."
+    "Compute the share of the letters of `text` that are Hangul."
     letters = [c for c in text if c.isalpha()]
     return sum(map(_has_hangul, letters)) / len(letters) if letters else 1.0
 
@@ -31,7 +31,7 @@ _DIGIT_TAILS = (21, 8, 0, 16, 0, 0, 1, 8, 8, 0)  # of 영 일 이 삼 사 오 �
 
 # %% ../nbs/korean.ipynb #c293bf95
 def _tail(word):
-    "Number the 받침 that `word` ends in when it is read aloud: 0 for none, 8 for ㄹ."
+    "Get the number of the 받침 that `word` ends in, read aloud: 0 is none, 8 is ㄹ."
     last = word[-1]
     if last.isdigit(): return _DIGIT_TAILS[int(last)]
     return (ord(last) - ord('가')) % 28
@@ -53,7 +53,7 @@ _NOT_NOUNS = {'나은', '지은', '이은', '부은', '그은'}   # 낫다, 짓�
 def known_nouns(
     texts: list[str],  # any Korean text: the training rows
 ) -> set[str]:
-    "Collect what stands before an ending that only nouns have."
+    "Collect the nouns: what comes before an ending that only nouns have."
     return {found[1] for text in texts for found in _NOUN.finditer(text)}
 
 # %% ../nbs/korean.ipynb #56c0414b
@@ -61,7 +61,7 @@ def check_particles(
     text: str,
     nouns: set[str],            # what `known_nouns` returns
 ) -> list[tuple]:               # (word and particle, does it fit? None: undecided)
-    "Judge each 은/는, 이/가, 을/를 and 으로/로 by the sound before it; 1, 2, 3 are 일, 이, 삼."
+    "Check each 은/는, 이/가, 을/를 and 으로/로 by the sound before it; 1, 2, 3 are 일, 이, 삼."
     found = []
     for stem, particle in _PARTICLE.findall(text):
         word = stem + particle
@@ -81,8 +81,8 @@ _PLAIN = re.compile(r'[가-힣](?:다|잖아|거야|했어|있어|없어|할게|
 
 def speech_level(
     text: str,
-) -> str | None:  # 'polite', 'plain', 'mixed', or None where no sentence tells
-    "Say in which level of speech `text` is written, leaving out code and quotations."
+) -> str | None:  # 'polite', 'plain', 'mixed', or None if no sentence shows it
+    "Find the speech level of `text`, ignoring code and quotations."
     levels = set()
     for sentence in re.split(r'[.!?]+(?=\s|\Z)|\n', _ASIDE.sub(' ', text)):
         words = sentence.strip(' \t-*"\'').split()

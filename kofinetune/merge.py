@@ -22,7 +22,7 @@ from .train import load_tuned
 
 # %% ../nbs/02_merge.ipynb #17f7aa66
 def _read_adapter(base, adapter):
-    "Put an adapter beside `base` as peft does. ValueError where it does not fit."
+    "Put an adapter beside `base` as peft does. ValueError if it does not fit."
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
     for file in (adapter/'adapter_config.json', adapter/'adapter_model.safetensors'):
@@ -52,7 +52,7 @@ def merge_into(
     base,           # a model with ordinary weights, in float32; it is changed
     adapter: Path,  # a folder that `finetune`, or peft, wrote
 ):                  # the same model with the adapter added to its weights
-    "Merge an adapter into `base`. ValueError where the result would be another model."
+    "Merge an adapter into `base`. ValueError if the result would be another model."
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     model = _read_adapter(base, Path(adapter))
     untie = (ends[0].weight is ends[1].weight
@@ -65,7 +65,7 @@ def merge_into(
         if not gap < 1e-3: raise ValueError(f'the result is {gap:.2g} nats off')
     except (AttributeError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f'{adapter} cannot be merged: {" ".join(str(e).split())}; '
-                         'train one that peft can merge, as plain LoRA') from None
+                         'train one that peft can merge, such as plain LoRA') from None
     entry, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if untie and torch.allclose(head.weight, entry.weight, rtol=0, atol=1e-6):
         head.weight, merged.config.tie_word_embeddings = entry.weight, True
@@ -78,7 +78,7 @@ def _some_log_probs(model):
 
 # %% ../nbs/02_merge.ipynb #b39d186c
 def _through_nf4(base):
-    "Replace each linear weight by what NF4 makes of it, as a QLoRA base has them."
+    "Round each linear weight to NF4 and back, as in a QLoRA base."
     import bitsandbytes.functional as bnb
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith('lm_head'):
@@ -89,7 +89,7 @@ def _through_nf4(base):
 
 # %% ../nbs/02_merge.ipynb #e50ee1c6
 def _keep_states(model, tok, rows, style='alpaca', max_length=512):
-    "Keep what `model` makes of the answer tokens of `rows`, and its head."
+    "Keep the hidden states of `model` for the answer tokens of `rows`, and its head."
     parts = answer_states(model, tok, rows, style, max_length, what='held-out rows')
     places, states, tokens = map(torch.cat, zip(*parts))
     return dict(rows=places, states=states, tokens=tokens,
@@ -102,7 +102,7 @@ def _log_probs(kept, part):
 
 # %% ../nbs/02_merge.ipynb #18c7c7cb
 def _compare(one, two, entries=1 << 22):
-    "Compare what was kept of two models, so many log-probabilities at a time."
+    "Compare what was kept of two models, `entries` log-probabilities at a time."
     rows, tokens = one['rows'].cpu(), one['tokens'][:, None]
     step, parts = max(1, entries // len(one['head'].weight)), []
     for start in progress(range(0, len(tokens), step), 'comparing answer tokens'):
@@ -124,14 +124,14 @@ def compare_models(
     rows: list[dict],       # instruction, input, output
     style: str = 'alpaca',  # as trained
     max_length: int = 512,  # tokens; a row that does not fit is left out
-) -> dict:                  # max_difference, mean_difference, kl, nll of each, ...
+) -> dict:                  # max_difference, mean_difference, kl, both nll, ...
     "Compare two models on the answer tokens of `rows`, in nats a token."
     return _compare(*(_keep_states(model, tok, rows, style, max_length)
                       for model in (one, two)))
 
 # %% ../nbs/02_merge.ipynb #df4f2104
 def _choose_way(ways, wanted='auto', held_out=True):
-    "Keep what is asked for, or the lower loss if it is no luck, or else the lower KL."
+    "Keep what is asked for, or a clearly lower loss, or else the lower KL."
     import numpy as np
     if len(ways) == 1: return *ways, 'there is no other way'
     if wanted in ways: return wanted, f'the recipe says merge={wanted}'
@@ -153,7 +153,7 @@ def copy_tokenizer(
     recipe: Recipe,  # base and revision
     folder: Path,    # where the files go
 ) -> list[str]:      # their names
-    "Copy the base's tokenizer files; in style chat, write what else a model needs."
+    "Copy the base's tokenizer files; in style chat, also describe the turns."
     from huggingface_hub import snapshot_download
     source = Path(base_path(recipe.base))
     if not source.is_dir():
@@ -187,8 +187,8 @@ def merge_adapter(
     recipe: Recipe,       # merge: 'auto', '16-bit' or 'nf4'
     run: Path,            # a run whose adapter is there
     force: bool = False,  # merge again
-) -> dict:                # what `compare_models` says of the way; merge, why, ways, ...
-    "Write `run/merged`: one model, the way that measures better, with its tokenizer."
+) -> dict:                # `compare_models` of the way kept; merge, why, ways, ...
+    "Write `run/merged`: the model merged the better way, with its tokenizer."
     recipe = pick_style(recipe, run)
     def make(folder):
         if not force: check_adapter(recipe, run)

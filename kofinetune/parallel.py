@@ -17,27 +17,27 @@ from .base import pick_device
 def share_batches(
     recipe: Recipe,  # batch_size, grad_accum
     processes: int,  # how many train together, each with its own device
-) -> int:            # batches that each of them adds up for one step
-    "Share the batches of a step among `processes`. ValueError where they are not even."
+) -> int:            # batches that each process adds up for one step
+    "Share the batches of a step among `processes`. ValueError if uneven."
     batches = recipe.grad_accum
     if batches % processes == 0: return batches // processes
     raise ValueError(
-        f'grad_accum is {batches}, and {processes} processes cannot share so many '
+        f'grad_accum is {batches}, and {processes} processes cannot share these '
         f'batches; set grad_accum to a multiple of {processes}: the step is the same '
-        f'where batch_size x grad_accum stays {recipe.batch_size * batches}')
+        f'if batch_size x grad_accum stays {recipe.batch_size * batches}')
 
 # %% ../nbs/parallel.ipynb #56c12824
 def stage_together(
     recipe: Recipe,       # what was asked
     run: Path,            # the run folder
-    make,                 # as `stage` takes it; called in every process, but one writes
+    make,                 # as for `stage`; every process calls it, but only one writes
     force: bool = False,  # make it again, whatever is there
 ) -> dict:                # the same in every process
     "Make the stage adapter in all processes of a launcher, as `stage` does in one."
     if world_size() == 1: return stage(recipe, run, 'adapter', make, force)
     if os.environ.get('ACCELERATE_USE_FSDP', 'false').lower() == 'true':
-        raise ValueError('the launcher is set to FSDP, which shares out the weights '
-                         'too; leave it off: every process holds the whole model')
+        raise ValueError('the launcher is set to FSDP, which splits the weights too; '
+                         'turn it off, as every process holds the whole model')
     share_batches(recipe, world_size())
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list

@@ -13,12 +13,12 @@ HEADS = ('### Instruction:\n', '### Input:\n', '### Response:\n')
 
 def format_prompt(
     row: dict,              # instruction and input; messages, if a conversation
-    style: str = 'alpaca',  # 'blog': always an Input section; 'alpaca': where needed
+    style: str = 'alpaca',  # 'alpaca' writes Input if there is one, 'blog' always
 ) -> str:                   # what the model sees; the answer starts right after it
-    "Write `row` as the text that the model has to continue; 'chat': in Gemma's turns."
+    "Write `row` as the text for the model to continue; 'chat': in Gemma's turns."
     if style == 'chat': return gemma_text(row)
     if style not in ('alpaca', 'blog'):
-        raise ValueError(f'style is {style!r}; it is one of alpaca, blog, chat')
+        raise ValueError(f'style is {style!r}; it must be one of alpaca, blog, chat')
     (asks, gives, answers), given = HEADS, row.get('input', '')
     text = asks + row['instruction'] + '\n\n'
     if given or style == 'blog': text += gives + given + '\n\n'
@@ -27,8 +27,8 @@ def format_prompt(
 # %% ../nbs/prompt.ipynb #12253fa5
 def format_answer(
     row: dict,              # with an output
-    style: str = 'alpaca',  # 'blog': the answer ends in a newline, as the post's does
+    style: str = 'alpaca',  # 'blog': the answer ends with a newline, as in the post
 ) -> str:                   # what the model has to write, without its terminator
-    "Take the answer out of `row`, the last one of a conversation."
+    "Return the answer of `row`; in a conversation, the last one."
     if style == 'chat': return row['output'].strip()
     return row['output'] + ('\n' if style == 'blog' else '')

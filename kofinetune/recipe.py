@@ -29,47 +29,47 @@ class Recipe:
     base: str = 'rehearsal'      # gemma-3-270m-q4, a GGUF file, a folder, a Hub name
     source: str = 'rehearsal'    # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, your rows
     style: str = 'auto'          # chat, alpaca, blog; auto: chat if base has a template
-    rows: int = 0                # take the first so many rows; 0 takes all
+    rows: int = 0                # take this many rows from the start; 0: all
     valid_rows: float = 0.1      # rows held out of training; below 1: a share of all
     epochs: float = 3.0          # passes over the training rows
     learning_rate: float = 2e-4  # the highest learning rate
     lora_r: int = 16             # rank of the adapter's two matrices
     max_length: int = 512        # tokens in a sequence; longer rows are left out
-    batch_size: int = 4          # sequences a device works on at once
+    batch_size: int = 4          # sequences that a device reads at once
     gguf: tuple[str, ...] = ('bf16', 'q8_0')  # files to write; Ollama serves the last
     ollama_name: str = ''        # the model's name in Ollama; empty: kofinetune-<name>
     # data
-    fields: dict = field(default_factory=dict)   # name of a field -> what it means
+    fields: dict = field(default_factory=dict)   # a field's name -> what it means
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and count them
     drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags whose rows go
     normalize: bool = True       # compose Hangul to NFC, strip the space around a text
-    seed: int = 42               # decides the split, the order, the first weights
+    seed: int = 42               # decides the split, the row order, the first weights
     # train
     revision: str = ''           # the Hub commit of base; empty for a folder
     quant: str = 'nf4'           # nf4: 4-bit base, as QLoRA; none: 16- or 32-bit base
     dequantize: bool = True      # unpack an nf4 base once: faster, same numbers
     adapter: str = 'lora'        # lora, or none: train all weights (needs quant none)
     lora: dict = field(default_factory=dict)     # for LoraConfig; lora_alpha is 32
-    trainer: dict = field(default_factory=dict)  # for SFTConfig, as warmup_steps
+    trainer: dict = field(default_factory=dict)  # for SFTConfig, such as warmup_steps
     loss: str = 'answer'         # answer: answer and terminator; whole: the prompt too
-    packing: bool = True         # several rows in a sequence, not seeing each other
+    packing: bool = True         # several rows in one sequence, kept apart
     grad_accum: int = 4          # batches added up for one step, over all devices
     save_steps: float = 0.1      # steps between checkpoints; below 1: a share of all
-    dtype: str = 'auto'          # bf16 or fp32; auto: bf16 where that is faster
+    dtype: str = 'auto'          # bf16 or fp32; auto: bf16 if that is faster
     # merge
-    merge: str = 'auto'          # base for the adapter: 16-bit, nf4, auto: the better
+    merge: str = 'auto'          # base for the adapter: 16-bit, nf4; auto: the better
     # export
     max_new_tokens: int = 256    # the longest answer, in tokens
     temperature: float = 0.0     # 0: always the likeliest token
-    top_k: int = 64              # else one of so many likely tokens; 0: of all of them
+    top_k: int = 64              # else one of this many likely tokens; 0: of all
     top_p: float = 0.95          # the likeliest tokens, up to this sum; 1: all of them
     repeat_penalty: float = 1.0  # above 1, tokens that were just used are less likely
-    num_ctx: int = 2048          # tokens of prompt and answer that Ollama keeps in view
+    num_ctx: int = 2048          # tokens of prompt and answer that Ollama keeps
     # eval
-    eval_rows: int = 0           # held-out rows to evaluate on; 0 takes all
-    answer_rows: int = 100       # of those, drawn rows that every model answers; 0: all
+    eval_rows: int = 0           # held-out rows to evaluate on; 0: all
+    answer_rows: int = 100       # how many of those every model answers; 0: all
     # watching
-    report_to: str = 'none'      # none, tensorboard, trackio or wandb: gets losses
+    report_to: str = 'none'      # where losses go: none, tensorboard, trackio, wandb
 
     def __post_init__(self):
         for f in fields(self):
@@ -101,12 +101,12 @@ class Recipe:
         return start.replace(**values)
 
     def replace(self, **changes) -> 'Recipe':
-        "Copy the recipe with some fields changed; those that are dicts gain keys."
+        "Copy the recipe with some fields changed; dicts are merged."
         values = asdict(self)
         if (base := changes.get('base', self.base)) != self.base:
             values['revision'] = _COMMITS.get(str(base), '')
         if changes.get('source', self.source) != self.source and self.valid_rows > 1:
-            values['valid_rows'] = Recipe.valid_rows   # as that was for other rows
+            values['valid_rows'] = Recipe.valid_rows   # that number was for other rows
         for name, value in changes.items():
             if name not in values:
                 near = _nearest(name, values)
@@ -118,7 +118,7 @@ class Recipe:
         return Recipe(**values)
 
     def lora_options(self) -> dict:
-        "Say what peft's LoraConfig is given: defaults, rank, the recipe's options."
+        "Return the options for peft's LoraConfig: defaults, rank, the recipe's own."
         return _LORA | dict(r=self.lora_r) | self.lora
 
     def sampling(self) -> dict:
@@ -127,12 +127,12 @@ class Recipe:
         return {n: getattr(self, n) for n in names[:4 if self.temperature else 2]}
 
     def trainer_options(self) -> dict:
-        "Say what TRL's SFTConfig is given of them: defaults, the recipe's options."
+        "Return the options for TRL's SFTConfig: defaults, the recipe's own."
         return _TRAINER | self.trainer
 
 # %% ../nbs/recipe.ipynb #645c5cad
 _LEAST = dict(lora_r=1, max_length=8, batch_size=1, grad_accum=1, max_new_tokens=1,
-              num_ctx=64)   # 0 of every other number
+              num_ctx=64)   # 0 for every other number
 _ABOVE_0 = 'epochs', 'learning_rate', 'save_steps', 'top_p', 'repeat_penalty'
 
 # %% ../nbs/recipe.ipynb #f49b2716
@@ -143,7 +143,7 @@ def _field_faults(f, value):
     if not right or isinstance(value, bool) != (kind is bool):
         yield f'{name} is {value!r}; it must be {kind.__name__}'
     if name in _CHOICES and value not in _CHOICES[name]:
-        yield f'{name} is {value!r}; it is one of {", ".join(_CHOICES[name])}'
+        yield f'{name} is {value!r}; it must be one of {", ".join(_CHOICES[name])}'
     if name in _ABOVE_0 and value <= 0:
         yield f'{name} is {value}; it must be more than 0'
     least = _LEAST.get(name, 0)
@@ -155,16 +155,16 @@ def _joint_faults(r):
     "Yield what does not fit together in `r`."
     plain = r'(?!(con|prn|aux|nul|com\d|lpt\d) *(\.|$))\w[\w .+=,@-]{0,99}(?<![ .])'
     if not re.fullmatch(plain, r.name, re.I):
-        yield (f'name is {r.name!r}; it is no path, nor con, nul and the like: a '
-               'letter or digit first, then letters, digits, spaces, _.+=,@-, no space '
-               'or dot at the end; --run says where the run goes')
+        yield (f'name is {r.name!r}; it must not be a path or a name such as '
+               'con or nul: a letter or digit, then letters, digits, spaces, _.+=,@-, '
+               'no space or dot at the end; --run sets where the run goes')
     for name, what in (('save_steps', 'steps'), ('valid_rows', 'rows')):
         if (value := getattr(r, name)) > 1 and value % 1:
-            yield f'{name} is {value}; above 1 it is a whole number of {what}'
+            yield f'{name} is {value}; above 1 it must be a whole number of {what}'
     if r.adapter == 'none' and r.quant != 'none':
         yield (f"adapter is 'none' and quant is {r.quant!r}: 4-bit weights cannot be "
                'trained; set quant=none')
-    if 'r' in r.lora: yield f'lora.r is {r.lora["r"]!r}; the rank is lora_r'
+    if 'r' in r.lora: yield f'lora.r is {r.lora["r"]!r}; set the rank in lora_r'
     known = r.gguf and all(one in ('bf16', 'f16', 'q8_0') for one in r.gguf)
     if not known and r.gguf != ('none',):
         yield f'gguf is {list(r.gguf)}; choose from bf16, f16, q8_0, or set gguf=none'

@@ -33,7 +33,7 @@ _TENS = ['', '열', '스물', '서른', '마흔', '쉰', '예순', '일흔', '�
 _ONES = ['', '한', '두', '세', '네', '다섯', '여섯', '일곱', '여덟', '아홉']
 
 def _native(number):
-    "Read 1 to 99 in native Korean words, in the form that stands before a counter."
+    "Read 1 to 99 in native Korean words, in the form used before a counter."
     return '스무' if number == 20 else _TENS[number // 10] + _ONES[number % 10]
 
 # %% ../nbs/rehearsal.ipynb #d00fd92e
@@ -42,7 +42,7 @@ _MADE_OF = tomllib.loads(_ASSET.read_text(encoding='utf-8'))
 _KINDS = {}
 
 def _kind(name, facts):
-    "Put a kind together: facts (x is given, y the answer) and sentences (asks, tells)."
+    "Make a kind of facts (x is given, y is the answer) and sentences (asks, tells)."
     facts = [{key: Word(text) for key, text in fact.items()} for fact in facts]
     return SimpleNamespace(facts=facts, **_MADE_OF['kinds'][name])
 
@@ -105,17 +105,17 @@ def _make_rows():
 
 # %% ../nbs/rehearsal.ipynb #2baba9fc
 def _plain_text(n, seed=0, weights={}):
-    "State `n` random facts in sentences; `weights` makes a kind rarer or commoner."
+    "State `n` random facts in sentences; `weights` makes a kind more or less common."
     rng = random.Random(f'text {seed}')
     shares = [weights.get(name, 1) for name in _KINDS]
     kinds = rng.choices(list(_KINDS.values()), shares, k=n)
     return [rng.choice(kind.tells).format(**rng.choice(kind.facts)) for kind in kinds]
 
 # %% ../nbs/rehearsal.ipynb #3f8b9ad7
-_VOCAB = 1536  # pieces, the special ones included
+_VOCAB = 1536  # pieces, including the special ones
 
 def _train_tokenizer(sentences, folder, vocab=_VOCAB):
-    "Train a SentencePiece tokenizer built as Gemma's is, and write it in both forms."
+    "Train a SentencePiece tokenizer built like Gemma's, and write it in both formats."
     import io, sentencepiece
     from tokenizers import AddedToken
     from tokenizers.models import BPE
@@ -152,7 +152,7 @@ def _batches(tok, steps, batch_size, seed):
 
 # %% ../nbs/rehearsal.ipynb #ce2909d4
 def _pretrain(tok, steps, batch_size, learning_rate, warmup, seed):
-    "Train a small Gemma 3 from nothing, in fp32: the model, and the loss of each step."
+    "Train a small Gemma 3 from scratch, in fp32: (the model, the loss of each step)."
     from torch.nn.functional import cross_entropy
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     torch.manual_seed(seed)
@@ -193,7 +193,7 @@ def _make_base(folder, **changes):
 
 # %% ../nbs/rehearsal.ipynb #24bf87f3
 def stand_in_base() -> Path:   # a folder that `from_pretrained` reads
-    "Find the stand-in base, or make it: a minute or so, once."
+    "Find the stand-in base, or make it, which takes about a minute, once."
     made_from = [_MADE_OF['shape'], _MADE_OF['pretrain'], _VOCAB,
                  _plain_text(2000, 0, _MADE_OF['often']), _make_rows()]
     text = json.dumps(made_from, ensure_ascii=False)   # it names the folder

@@ -12,7 +12,7 @@ from pathlib import Path
 
 # %% ../nbs/tables.ipynb #e5f2260c
 def _coding(data):
-    "Guess how text that is not UTF-8 was written; '' where it is damaged UTF-8."
+    "Guess how text that is not UTF-8 was written; '' if it is damaged UTF-8."
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'): return 'utf-16'
     odd = [c for c in data.decode('utf-8', 'replace') if c > '\x7f']
     return 'cp949' if odd.count('\ufffd') * 2 >= len(odd) else ''
@@ -37,8 +37,8 @@ def read_text(
 # %% ../nbs/tables.ipynb #f93d26f9
 def parse_json(
     text: str,
-):  # what json makes of it
-    "Decode JSON. ValueError where it is none, or where an object has a name twice."
+):  # the value
+    "Decode JSON. ValueError if it is not JSON, or if an object has a name twice."
     return json.loads(text, object_pairs_hook=_once)
 
 def _once(pairs):
@@ -48,7 +48,7 @@ def _once(pairs):
     raise ValueError(f'an object has {twice!r} twice; keep one ({row!s:.60})')
 
 def _parse(data, path):
-    "Decode one JSON value; a ValueError (kind, text) in its place where it is none."
+    "Decode one JSON value, or return a ValueError (kind, text) if it is not JSON."
     try: text = _decode(data, path)
     except ValueError as e: return ValueError('not UTF-8', f' {e}')
     try: return parse_json(text)
@@ -78,7 +78,7 @@ def _json_values(path, data, left_out, notes):
 _HOLDERS = ('train', 'data', 'rows', 'examples', 'items', 'instances', 'records')
 
 def _unwrap(value, left_out):
-    "Take the rows out of what a JSON file holds, and count what is beside them."
+    "Take the rows out of a JSON file's value, and count what else it has."
     if isinstance(value, list): return value
     names, cells = value.get('columns'), value.get('data')
     if isinstance(names, list) and isinstance(cells, list):   # pandas, orient='split'
@@ -212,11 +212,11 @@ _READERS = {'.json': _json_values, '.jsonl': _json_values, '.ndjson': _json_valu
             '.xlsx': _excel_values}
 
 def read_values(
-    path: Path,         # a file, a folder, or OWNER/NAME@COMMIT of the Hub
-    left_out: Counter,  # counts what is beside the rows: sheets, splits, keys
-    notes: Counter,     # counts what else is to be said
+    path: Path,         # a file, a folder, or OWNER/NAME@COMMIT on the Hub
+    left_out: Counter,  # counts what is not a row: other sheets, splits, keys
+    notes: Counter,     # counts remarks
 ):                      # yields (where, the value, or a ValueError in its place)
-    "Read what may be rows from `path`. ValueError where it cannot be read as a whole."
+    "Read what may be rows from `path`. ValueError if the whole cannot be read."
     path = Path(path)
     if not path.exists(): path = _from_hub(path.as_posix())
     if path.is_dir():

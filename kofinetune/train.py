@@ -35,7 +35,7 @@ def add_lora(
     model,           # what `load_base` returns
     recipe: Recipe,  # lora_r, lora, seed, dequantize
 ):                   # a PeftModel; only the adapter's weights are trainable
-    "Put a trainable pair beside every target matrix. ValueError where that fails."
+    "Put a trainable pair beside every target matrix. ValueError if that fails."
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
     set_seed(recipe.seed)
@@ -76,7 +76,7 @@ from .speed import speed_up
 
 # %% ../nbs/01_qlora_train.ipynb #0611799f
 def _settings(recipe, evaluated):
-    "List the settings of SFTConfig that are decided here: by the recipe, or always."
+    "List the settings of SFTConfig that are fixed here: by the recipe, or always."
     device, dtype = pick_device(recipe)
     return dict(
         num_train_epochs=recipe.epochs, per_device_train_batch_size=recipe.batch_size,
@@ -94,7 +94,7 @@ def _settings(recipe, evaluated):
 
 # %% ../nbs/01_qlora_train.ipynb #e115016b
 def _drawn(held_out, dataset, recipe):
-    "Draw the rows that each evaluation takes, to read a fifth of the tokens in all."
+    "Draw rows for the evaluations, which read a fifth as many tokens as training."
     def tokens(rows): return sum(map(len, rows['input_ids']))
     if not len(held_out) or recipe.save_steps >= 1: return held_out
     read = math.ceil(1 / recipe.save_steps) * tokens(held_out)
@@ -172,8 +172,8 @@ def _machine():
 def estimate(
     recipe: Recipe,   # what would be trained
     run: Path,        # a run whose data stage is done
-) -> dict:            # of an epoch: rows, tokens, sequences; of all: steps, seconds...
-    "Say what `finetune` would cost here: by arithmetic, and by timing micro-batches."
+) -> dict:            # an epoch's rows, tokens, sequences; all steps, seconds...
+    "Predict what `finetune` costs here, by arithmetic and by timing micro-batches."
     chosen = settle_dtype(pick_style(recipe), run).replace(report_to='none')
     with tempfile.TemporaryDirectory() as folder, quiet(run, 'adapter'):
         trainer, about = _set_up(

@@ -283,17 +283,17 @@ WRONG = {
     'a word for a number': (lambda b: change(b/'config.json', lambda c: c.update(hidden_size='wide')), 'could not be loaded'),
     'half the weights': (lambda b: half(b/'model.safetensors'), 'could not be loaded'),
     'no weights': (lambda b: (b/'model.safetensors').unlink(), 'could not be loaded'),
-    'a layer without weights': (lambda b: reweigh(b, lambda w: w.pop('model.layers.3.mlp.up_proj.weight')), 'layers.3.mlp.up_proj.weight is in its'),
-    'weights of more layers': (lambda b: reweigh(b, rename_layer), 'model.layers.9.mlp.up_proj.weight is in its weights or its config.json alone'),
+    'a layer without weights': (lambda b: reweigh(b, lambda w: w.pop('model.layers.3.mlp.up_proj.weight')), 'layers.3.mlp.up_proj.weight is only in its'),
+    'weights of more layers': (lambda b: reweigh(b, rename_layer), 'model.layers.9.mlp.up_proj.weight is only in its weights, or only in its config.json'),
     'other widths': (lambda b: change(b/'config.json', lambda c: c.update(intermediate_size=512)), 'could not be loaded'),
     'no tokenizer': (lambda b: [p.unlink() for p in b.glob('tokenizer*')], 'has no tokenizer'),
     'half a tokenizer': (lambda b: half(b/'tokenizer.json'), 'could not be loaded'),
     'a tokenizer without an end': (lambda b: change(b/'tokenizer_config.json', lambda c: c.update(eos_token=None)), 'without eos_token'),
     'a tokenizer of another model': (small_vocabulary, 'its tokenizer has 6'),
-    'an adapter': (as_adapter, 'is an adapter; give base the model'),
-    'an adapter in a model': (lambda b: (b/'adapter_config.json').write_text('{}'), 'is an adapter; give base the model'),
+    'an adapter': (as_adapter, 'is an adapter; set base to the model'),
+    'an adapter in a model': (lambda b: (b/'adapter_config.json').write_text('{}'), 'is an adapter; set base to the model'),
     'quantized weights': (lambda b: change(b/'config.json', lambda c: c.update(quantization_config=dict(
-        quant_method='bitsandbytes', load_in_4bit=True))), 'is quantized (bitsandbytes); give base the 16- or 32-bit model'),
+        quant_method='bitsandbytes', load_in_4bit=True))), 'is quantized (bitsandbytes); set base to the 16- or 32-bit model'),
     'an empty folder': (lambda b: (shutil.rmtree(b), b.mkdir()), 'could not be loaded'),
     'a file in place of the folder': (lambda b: (shutil.rmtree(b), b.write_text('no model')), 'is not a GGUF file'),
     'no such folder': (shutil.rmtree, 'is not a file or folder'),
@@ -341,12 +341,12 @@ def test_another_family_is_evaluated_in_a_run_without_files(tmp_path, monkeypatc
 
 BEST = Recipe.named('best').revision
 REVISIONS = {'of another base': (dict(base='google/gemma-3-270m-it', revision=BEST), 'belongs to google/gemma-3-270m; set it to one of .*-it/commits'),
-             'of a folder': (dict(base='FOLDER', revision='0' * 40), 'is not of that base, .* set it empty'),
-             'of the stand-in': (dict(base='rehearsal', revision=BEST), 'belongs to google/gemma-3-270m; set it empty'),
-             'a branch': (dict(base='google/gemma-3-270m', revision='main'), 'is no commit'),
-             'too short': (dict(base='google/gemma-3-270m', revision=BEST[:12]), 'is no commit'),
-             'none': (dict(base='google/gemma-3-270m-it'), 'is no commit'),
-             'of a folder that is not there': (dict(base='models/mine'), 'models/mine is no folder here')}
+             'of a folder': (dict(base='FOLDER', revision='0' * 40), "is not of that base, .* set it to ''"),
+             'of the stand-in': (dict(base='rehearsal', revision=BEST), "belongs to google/gemma-3-270m; set it to ''"),
+             'a branch': (dict(base='google/gemma-3-270m', revision='main'), 'is not a commit'),
+             'too short': (dict(base='google/gemma-3-270m', revision=BEST[:12]), 'is not a commit'),
+             'none': (dict(base='google/gemma-3-270m-it'), 'is not a commit'),
+             'of a folder that is not there': (dict(base='models/mine'), 'models/mine is not a folder here')}
 
 
 @pytest.mark.parametrize('kind', REVISIONS)

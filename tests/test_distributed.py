@@ -135,8 +135,8 @@ def test_what_is_missing_is_said_once(tmp_path):
 
 
 @pytest.mark.parametrize('command, env, message', [
-    (('train',), {}, 'grad_accum is 1, and 2 processes cannot share so many batches; set grad_accum to a multiple of 2'),
-    (('train', '--set', 'grad_accum=2'), dict(ACCELERATE_USE_FSDP='true'), 'the launcher is set to FSDP, which shares out the weights too'),
+    (('train',), {}, 'grad_accum is 1, and 2 processes cannot share these batches; set grad_accum to a multiple of 2'),
+    (('train', '--set', 'grad_accum=2'), dict(ACCELERATE_USE_FSDP='true'), 'the launcher is set to FSDP, which splits the weights too'),
 ])
 def test_a_wrong_request_exits_with_2_everywhere_and_the_first_process_says_why(tmp_path, command, env, message):
     said = [launch(sys.executable, '-m', 'kofinetune.cli', *command, '--recipe', 'rehearsal', '--run', str(tmp_path/'run'),

@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_noticed_before_the_file_is_used(run, file, maker, used
     flip(run/file)
     times = lambda: {p: p.stat().st_mtime_ns for p in run.rglob('*') if p.is_file() and p.name not in ('.lock', 'log.txt')}
     before = times()
-    said = f'{run/file} is not the file that was written; put that back, or make it again with: kofinetune {maker} --run {run} --force'
+    said = f'{run/file} is not the file that was written; restore it, or make it again with: kofinetune {maker} --run {run} --force'
     for command in (*used_by, maker):
         with pytest.raises(ValueError) as seen: DO[command](REHEARSAL, run, force=command != maker)
         assert str(seen.value) == said and times() == before
@@ -97,7 +97,7 @@ def test_show_says_what_is_missing_and_what_is_not_made(run):
     shown = kofinetune('show', run)
     assert shown.returncode == 1 and shown.stdout.count('DAMAGED') == 3
     assert shown.stderr == f'kofinetune: {run} has 3 missing or damaged files\n'
-    for text in (f'{run}/merged/config.json is missing; put that back, or make it again with: kofinetune merge --run {run} --force',
+    for text in (f'{run}/merged/config.json is missing; restore it, or make it again with: kofinetune merge --run {run} --force',
                  'verify.json is not the file that was written', f'kofinetune verify {run}', f'{run}/eval/report.md is missing'): assert text in shown.stdout
     manifest = read_manifest(run)
     write_json(manifest | dict(stages={name: manifest['stages'][name] for name in ('data', 'adapter')}), run/'manifest.json')

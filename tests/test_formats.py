@@ -152,8 +152,8 @@ def test_fields_map_any_name_and_a_wrong_map_is_refused(tmp_path):
     assert read_rows(path, {'손님': 'instruction', '직원': 'output'}) == [SHORT]
     path = written(tmp_path, {'손님': '', '직원': '네.', 'question': '다른 글'})
     with pytest.raises(ValueError, match='the instruction is empty'): read_rows(path, {'손님': 'instruction', '직원': 'output'})
-    with pytest.raises(ValueError, match="'고객', and no row"): read_rows(path, {'고객': 'instruction'})
-    with pytest.raises(ValueError, match="fields.손님 is 'instuction'; it is one of instruction, input"): read_rows(path, {'손님': 'instuction'})
+    with pytest.raises(ValueError, match="'고객', but no row"): read_rows(path, {'고객': 'instruction'})
+    with pytest.raises(ValueError, match="fields.손님 is 'instuction'; it must be one of instruction, input"): read_rows(path, {'손님': 'instuction'})
 
 
 # ---- kinds of files
@@ -440,7 +440,7 @@ def test_array_that_is_cut_off_is_refused_as_a_whole(array, tmp_path):
 
 
 @pytest.mark.parametrize('name, body, says', [
-    ('a.json', '', 'holds no row'), ('a.jsonl', '\n\n', 'holds no row'), ('a.csv', '', 'holds no row'), ('a.json', '[]', 'holds no row'),
+    ('a.json', '', 'has no rows'), ('a.jsonl', '\n\n', 'has no rows'), ('a.csv', '', 'has no rows'), ('a.json', '[]', 'has no rows'),
     ('a.json', '{"a": 1}', "row 0 has no 'instruction'"), ('a.json', '5', 'must be an array'), ('a.json', 'hello', 'is not JSON'), ('a.csv', '가,나\n다,라', "has no 'instruction'"),
     ('a.csv', 'instruction,output\n"가,나', 'is not CSV'), ('a.csv', 'instruction,output\n가,나,다', 'line 2 has 3 cells, and line 1 has 2'),
     ('a.csv', 'instruction,output\n가\n', "row 0 has no 'output'"), ('a.csv', 'instruction,output,output\n가,나,다', 'each column once'),

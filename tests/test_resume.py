@@ -85,7 +85,7 @@ def whole(train, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def cut(train, tmp_path_factory):
-    "A run that was killed behind its third checkpoint."
+    "A run that was killed after its third checkpoint."
     run = tmp_path_factory.mktemp('cut')
     prepare(SMALL, run)
     assert train(SMALL, run, kill_when=lambda: sealed(run, 9))[0] == -signal.SIGKILL
@@ -122,16 +122,16 @@ def test_a_kill_between_the_last_step_and_the_finished_folder_costs_no_training(
     assert train(SMALL, again, die_in='write_jsonl')[0] == -signal.SIGKILL
     end = max(steps(again))
     code, lines = train(SMALL, again)
-    assert code == 0 and f'adapter: going on from checkpoint-{end}' in lines and same(whole, again)
+    assert code == 0 and f'adapter: resuming from checkpoint-{end}' in lines and same(whole, again)
 
 
 def test_a_half_written_checkpoint_is_left_out(train, again):
     end = last(again)
     (end/'sealed.json').unlink()
     (end/'optimizer.pt').unlink()
-    code, lines = train(SMALL, again, kill_when=lambda: 'going on' in train.out.read_text())
+    code, lines = train(SMALL, again, kill_when=lambda: 'resuming from' in train.out.read_text())
     assert f'adapter: {end.name} is half-written; left out' in lines and code == -signal.SIGKILL
-    assert f'adapter: going on from checkpoint-{int(end.name.split("-")[1]) - 3}' in lines
+    assert f'adapter: resuming from checkpoint-{int(end.name.split("-")[1]) - 3}' in lines
 
 
 @pytest.mark.parametrize('name', ['adapter_model.safetensors', 'optimizer.pt', 'trainer_state.json', 'sealed.json'])
@@ -140,9 +140,9 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(train, whole, again
     data = bytearray((end/name).read_bytes())
     data[len(data) // 2] ^= 16
     (end/name).write_bytes(data if name != 'optimizer.pt' else data[:len(data) // 2])
-    code, lines = train(SMALL, again, kill_when=lambda: 'going on' in train.out.read_text())
+    code, lines = train(SMALL, again, kill_when=lambda: 'resuming from' in train.out.read_text())
     assert any(line.startswith(f'adapter: {end.name} is damaged: {"" if name == "sealed.json" else name}') for line in lines)
-    assert f'adapter: going on from checkpoint-{int(end.name.split("-")[1]) - 3}' in lines
+    assert f'adapter: resuming from checkpoint-{int(end.name.split("-")[1]) - 3}' in lines
     if name == 'optimizer.pt': assert train(SMALL, again)[0] == 0 and same(whole, again)
 
 
@@ -152,7 +152,7 @@ def test_where_no_checkpoint_can_be_read_the_training_says_so_and_begins_again(t
         path = again/'checkpoints'/f'checkpoint-{step}'/'scheduler.pt'
         path.write_bytes(path.read_bytes()[:-1])
     code, lines = train(SMALL, again)
-    assert code == 0 and not any('going on' in line for line in lines) and same(whole, again)
+    assert code == 0 and not any('resuming from' in line for line in lines) and same(whole, again)
     assert sum(line.endswith('left out') for line in lines) == len(before)
 
 

@@ -54,7 +54,7 @@ def test_every_stage_runs_without_what_unix_alone_has(home):
 
 @pytest.mark.parametrize('name', ['con', 'NUL', 'aux.txt', 'com1', 'Lpt9.x', 'my run.', 'my run ', 'prn .csv'])
 def test_names_that_windows_keeps_are_refused(name):
-    with pytest.raises(ValueError, match='it is no path'): Recipe(name=name)
+    with pytest.raises(ValueError, match='it must not be a path'): Recipe(name=name)
     for good in ('console', 'nullable', 'com', 'my.con', '실행 1', 'aux2'): Recipe(name=good)
 
 
