@@ -9,7 +9,7 @@ On a machine with a GPU run benchmarks/gpu.sh, which calls this script.
 
     blog        the post's settings as TRL runs them: NF4 unpacked at every use, bf16, checkpointing, 4 x 4 padded rows
     blog_fp32   the same in fp32 (CPU only, where bf16 may have no arithmetic of its own)
-    best        the recipe `best`: packed rows that attend by themselves, NF4 unpacked once, a head that keeps no logits
+    best        the recipe `best` on the post's NF4 base: packed rows that attend by themselves, NF4 unpacked once, a head that keeps no logits
     NAME_same   the settings NAME on the same few rows, to compare the losses of the first step
     pass        `best` over as many tokens as one of the post's three epochs has
     peer        with --peer: another library (benchmarks/peer.py) on 16-bit weights, in turns with bf16_lora, which is `best` on the same weights
@@ -76,7 +76,7 @@ def settings(name, model, cuda):
         more = dict(gradient_checkpointing=True)   # what TRL does where the post says nothing
     else: kind, changes, more = 'best', {}, {}
     if 'torch_compile' in more and not cuda: more = more | dict(torch_compile_backend='eager')   # Inductor takes minutes there
-    whole = dict(base=str(model), revision='', loss='whole', style='blog', epochs=1.0, trainer=dict(warmup_steps=0.0))
+    whole = dict(base=str(model), revision='', quant='nf4', loss='whole', style='blog', epochs=1.0, trainer=dict(warmup_steps=0.0))
     return Recipe.named(kind).replace(**whole).replace(**changes), dict(more)
 
 
