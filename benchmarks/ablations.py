@@ -72,14 +72,15 @@ def measure(name, path, dtype):
 
 
 def differences(results):
-    "Of every setting: its loss less that of the first one, over the rows that both were scored on."
+    "Of every setting: its loss less that of the first one, over the rows that both were scored on. Only the first one's scores are kept."
     from kofinetune.stats import paired_difference
     first = results.get('none')
-    for result in results.values() if first else ():
+    for result in [r for r in results.values() if first and 'scores' in r]:
         pairs = [(a, b) for a, b in zip(first['scores'], result['scores']) if a and b]
         one, other = ([dict(nll=nll, tokens=tokens, bytes=count) for nll, tokens, count in side] for side in zip(*pairs))
         measure = 'bits_per_byte' if result['name'] == 'blog_layout' else 'answer_nll'   # its answers have one token more
         result |= dict(difference_of=measure) | paired_difference(one, other, measure)
+        if result is not first: del result['scores']
 
 
 def main():

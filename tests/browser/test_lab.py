@@ -206,13 +206,14 @@ def test_a_second_run_all_reuses_what_is_done_and_says_so(lab, name):
 
 def test_a_run_is_talked_to_in_a_box_of_the_page(lab):
     cell = nbformat.v4.new_code_cell("from kofinetune.talk import chat\nchat('../runs/rehearsal')")
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), lab.folder/'nbs'/'box.ipynb')
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), lab.folder/'nbs'/'box.ipynb')
     page = lab.open('/lab/tree/box.ipynb')
     try:
         wait_for(lambda: ready(page.evaluate(STATE), 'box'), 120)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         box, said = page.get_by_placeholder('Ask, then press Enter'), page.locator('.jupyter-widgets pre')
-        for question, answer in (("'사과'에 은/는 가운데 알맞은 조사를 붙여 쓰세요.", '사과는'), ("'국수'에 이/가 가운데 알맞은 조사를 붙여 쓰세요.", '국수가')):
+        for question, answer in (("'사과'에 은/는 가운데 알맞은 조사를 붙여 쓰세요.", '사과는'), ('3, 2, 4를 작은 것부터 차례로 쓰세요.', '2, 3, 4')):
             box.fill(question)
             box.press('Enter')
             said.filter(has_text=f'> {question}\n{answer}\n').wait_for(timeout=60_000)
