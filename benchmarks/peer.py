@@ -3,8 +3,8 @@
     PYTHON benchmarks/peer.py --library unsloth --model FOLDER --rows FILE
 
 PYTHON is that of an environment of the library's own (pip install unsloth==2026.10.9); nothing of this package is
-needed in it. FILE has one list of token ids a row, FOLDER the weights as transformers saves them. The rank, the
-learning rate and the 16 rows of a step are those of the recipe `best`; the loss is taken over whole rows. The last
+needed in it. FILE has one list of token ids a row, FOLDER the weights as transformers saves them. The rank is
+that of the recipe `best`, learning rate and 16 rows a step are the post's; the loss is taken over whole rows. The last
 line printed is the JSON.
 
     unsloth  Unsloth's own backend for CPUs: its loss in chunks, rows of about one length together; it does not pack there

@@ -76,7 +76,8 @@ def settings(name, model, cuda):
         more = dict(gradient_checkpointing=True)   # what TRL does where the post says nothing
     else: kind, changes, more = 'best', {}, {}
     if 'torch_compile' in more and not cuda: more = more | dict(torch_compile_backend='eager')   # Inductor takes minutes there
-    whole = dict(base=str(model), revision='', quant='nf4', loss='whole', style='blog', epochs=1.0, trainer=dict(warmup_steps=0.0))
+    whole = dict(base=str(model), revision='', quant='nf4', loss='whole', style='blog', epochs=1.0, grad_accum=4, learning_rate=2e-4,
+                 trainer=dict(warmup_steps=0.0))   # the post's, so that the losses can be compared
     return Recipe.named(kind).replace(**whole).replace(**changes), dict(more)
 
 
