@@ -14,17 +14,16 @@ from sphinx.locale import _
 from .messages import catalogue
 from .reference import PACKAGE, modules
 
-LONG = 12    # lines; what is no longer than that is shown whole, but for imports
+LONG, IMPORTS = 12, 3   # lines of code, and of nothing but imports: what is no longer than that is shown whole
 WIDTH = 88   # characters a line of code has at most
 
 
-def is_long(source): return len(source.strip().splitlines()) > LONG
+def is_long(source): return len(source.strip().splitlines()) > (IMPORTS if only_imports(source) else LONG)
 
 
-def is_imports(source):
-    "Whether code only imports; what is no Python, such as %cd, is another thing."
+def only_imports(source):
     try: return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
-    except SyntaxError: return False
+    except SyntaxError: return False   # a line for the shell, such as !git
 
 
 def folded(

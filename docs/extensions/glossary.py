@@ -14,7 +14,7 @@ from .messages import catalogue
 
 ENTRY = re.compile(r'\*\*(?P<english>.+?)\*\* · (?P<korean>.+?): (?P<meaning>.+) \(\[.+?\]\((?P<link>.+?)\)\)')
 PARTICLE = '(?:은|는|이|가|을|를|의|과|와|에|에서|로|으로|도|만|마다|이란|란|이라고|라고)?'
-ALSO_VERBS = {'run', 'split', 'flag', 'answer'}   # in English; most of their uses mean something else
+COMMON = {'run', 'split', 'flag', 'answer', 'rank', 'process', 'precision', 'step', 'proof'}   # mean other things too: explained on their own page alone
 
 
 def entries(
@@ -41,9 +41,8 @@ class MarkTerms(SphinxPostTransform):
     def run(self):
         if not re.match(r'\d\d_', self.env.docname): return
         language = self.config.language
-        meanings = {name.lower(): meaning for english, korean, meaning, _ in entries(Path(self.app.srcdir), language)
-                    for name in (english if language == 'en' else korean)}
-        for name in ALSO_VERBS: meanings.pop(name, None)
+        meanings = {name.lower(): meaning for english, korean, meaning, link in entries(Path(self.app.srcdir), language)
+                    if not COMMON & {*english} or link.startswith(self.env.docname) for name in (english if language == 'en' else korean)}
         known = '|'.join(re.escape(name) for name in sorted(meanings, key=len, reverse=True))
         if language == 'en': word = re.compile(rf'(?<![\w-])({known})(?=s?(?![\w-]))', re.I)
         else: word = re.compile(rf'(?<![\w가-힣])({known})(?={PARTICLE}(?![\w가-힣]))', re.I)

@@ -10,7 +10,7 @@ from nbdev.process import NBProcessor
 
 from settings import page_order
 
-from .folds import folded, is_imports, is_long, own_summaries
+from .folds import folded, is_long, own_summaries
 from .messages import catalogue
 from .pictures import labels
 from .reference import modules
@@ -102,8 +102,7 @@ def plot_labels(cell): return [label for output in cell.get('outputs', []) for l
 def code(cell, alt, messages):
     "A code cell with Quarto's directives as tags. A picture is described by `fig-alt`, or else by the heading above it."
     said, source = options(cell), bare(cell)
-    is_folded = said.get('code-fold:') != 'false' and (is_long(source) or is_imports(source))
-    tags = ['hide-input'] * is_folded + list(cell.metadata.get('tags', [])) + [tag for (name, value), tag in TAGS.items() if said.get(name) == value]
+    tags = ['hide-input'] * (is_long(source) and said.get('code-fold:') != 'false') + list(cell.metadata.get('tags', [])) + [tag for (name, value), tag in TAGS.items() if said.get(name) == value]
     alt = messages.get(alt, alt).replace('`', '')   # MyST-NB makes pictures too late for Sphinx to translate their texts
     for output in cell.get('outputs', []):
         if printed := output.get('data', {}).get('text/markdown'): output['data']['text/markdown'] = FILE_LINK.sub(r'\1', ''.join(printed))

@@ -31,8 +31,9 @@ class Sections(HTMLParser):
         about = dict(attributes)
         classes, (_, skipped, section) = (about.get('class') or '').split(), self.path[-1]
         skipped = skipped or tag in SKIPPED or about.get('role') == 'tooltip' or bool({'headerlink', 'shown'} & {*classes})
-        if tag in ('section', 'details') and about.get('id'):
-            section = [about['id'], about['id'].removeprefix(self.prefix).replace('-', '_') if tag == 'details' else '', '', '']
+        if tag == 'details' and about.get('id') and not any(section[:2]): section[:2] = about['id'], about['id'].removeprefix(self.prefix).replace('-', '_')
+        elif tag == 'section' and about.get('id') or 'implementation' in classes:   # whose name is that of the fold in it
+            section = [about.get('id', ''), '', '', '']
             self.found.append(section)
         elif tag == 'dt' and 'sig' in classes and about.get('id'):
             section = self.path[-1][2] = [about['id'], about['id'].split('.')[-1], '', '']   # and what follows it in its list
@@ -76,7 +77,7 @@ def search_page(app):
 def write_index(app, exception):
     if exception or app.builder.name != 'html': return
     both = zip(*(entries(Path(app.srcdir), language) for language in (app.config.language, 'en', 'ko')), strict=True)
-    words = [[sorted({name.lower() for names in (here, en, ko) for name in names[0] + names[1]}), here[2], here[3].replace('.ipynb', '.html')]
+    words = [[list(dict.fromkeys(name for names in (here, en, ko) for name in names[0] + names[1])), here[2], here[3].replace('.ipynb', '.html')]
              for here, en, ko in both]
     index = dict(pages=[app.searched[name] for name in sorted(app.searched)], words=words)
     text = 'const INDEX = ' + json.dumps(index, ensure_ascii=False, separators=(',', ':')) + ';\n'

@@ -36,7 +36,8 @@ def finish(html):
             if place < len(labels) and not cell.find_parent('thead'): cell['data-label'] = labels[place]
             text = cell.get_text().strip()
             if LONG_NUMBER.fullmatch(text): cell.string = rounded(float(text))
-            if NUMBERS.fullmatch(text): cell['class'] = [*cell.get('class', ()), 'numbers']
+            kind = 'blank' if not text else 'numbers' if NUMBERS.fullmatch(text) else None
+            if kind: cell['class'] = [*cell.get('class', ()), kind]
     for name in head.find_all('th') if head else (): break_at_underscores(name)
     rows = table.select('tbody tr')
     return split(table, rows) if len(rows) > LONG_TABLE and 'dataframe' in table.get('class', ()) else str(table)

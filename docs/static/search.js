@@ -7,8 +7,9 @@ const WHOLE = 1, BEGINNING = .4, INSIDE = .15;   // what a hit counts for: a wor
 
 const escaped = text => text.replace(/[.*+?^${}()|[\]\\]/g, '\\$&');
 
-// Words of a query, without those that every text has, unless there is nothing else.
+// Words of a query, without those that every text has, unless there is nothing else. What the glossary has is one word: bits per byte.
 function words(query) {
+    if (INDEX.words.some(([names]) => names.some(name => name.toLowerCase() === query.toLowerCase()))) return [query.toLowerCase()];
     const all = query.toLowerCase().match(/[\p{L}\p{N}_]+/gu) ?? [];
     const kept = all.filter(word => !STOP.has(word));
     return [...new Set(kept.length ? kept : all)];
@@ -17,9 +18,9 @@ function words(query) {
 // A word with what means the same, and how each is looked for; and what the glossary says. 조정 is no word of it, but a part of one.
 // Particles follow a Korean noun: it begins a word, and that is whole enough.
 function term(word) {
-    const same = INDEX.words.filter(([names]) => names.includes(word));
-    const near = same.length ? [] : INDEX.words.filter(([names]) => names.some(name => name.includes(word)));
-    const names = [...new Set([word, ...same.flatMap(([names]) => names)])];
+    const same = INDEX.words.filter(([names]) => names.some(name => name.toLowerCase() === word));
+    const near = same.length ? [] : INDEX.words.filter(([names]) => names.some(name => name.toLowerCase().includes(word)));
+    const names = [...new Set([word, ...same.flatMap(([names]) => names.map(name => name.toLowerCase()))])];
     const patterns = names.map((name, place) => {
         const stem = name.replace(/(?<=[a-z]{4})(?:ing|ed|es|s|e)$/, '');
         const end = /[가-힣]$/.test(name) ? '' : '(?:e|s|es|ed|ing)?(?![\\p{L}\\p{N}_])';
@@ -27,7 +28,8 @@ function term(word) {
                 whole: new RegExp(`(?<![\\p{L}\\p{N}_])${escaped(stem)}${end}`, 'gu'),
                 begins: new RegExp(`(?<![\\p{L}\\p{N}])${escaped(stem)}`, 'gu')};
     });
-    return {patterns, explained: new Map([...near.map(([, , at]) => [at, 2]), ...same.map(([, , at]) => [at, 6])]), meanings: same.map(([names, meaning]) => meaning)};
+    return {patterns, explained: new Map([...near.map(([, , at]) => [at, 2]), ...same.map(([, , at]) => [at, 6])]),
+            meanings: new Map([...near, ...same].map(([names, meaning, at]) => [at, `${names.join(', ')}: ${meaning}`]))};
 }
 
 function count(text, {whole, begins, pattern}) {
@@ -46,7 +48,7 @@ function search(query) {
         const counts = terms.map(({patterns, explained}) => (explained.get(at) ?? 0) + Math.max(...patterns.map(name =>
             name.share * (count(texts[0], name) * (place ? 4 : 6) + count(texts[1], name) + count(texts[2], name) * .3))));
         const together = title.toLowerCase() === phrase || terms.length > 1 && texts.some(text => text.includes(phrase));
-        return {address, page, weight, anchor, title, prose, code, counts, together, length: texts[1].length + texts[2].length / 3};
+        return {address, page, weight, at, anchor, title, prose, code, counts, together, length: texts[1].length + texts[2].length / 3};
     }));
     const mean = sections.reduce((sum, section) => sum + section.length, 0) / sections.length;
     const rarity = terms.map((_, i) => Math.log(1 + sections.length / (1 + sections.filter(s => s.counts[i]).length)));
@@ -57,13 +59,13 @@ function search(query) {
     }
     const pages = Map.groupBy(sections.filter(s => s.score > 0).sort((a, b) => b.score - a.score), s => s.address);
     const score = list => list.slice(0, 3).reduce((sum, s, i) => sum + s.score * [1, .3, .1][i], 0);
-    return {terms: terms.flatMap(({patterns}) => patterns), meanings: terms.flatMap(({meanings}) => meanings), pages: [...pages.values()].sort((a, b) => score(b) - score(a)).slice(0, 20)};
+    return {terms: terms.flatMap(({patterns}) => patterns), meanings: new Map(terms.flatMap(({meanings}) => [...meanings])), pages: [...pages.values()].sort((a, b) => score(b) - score(a)).slice(0, 20)};
 }
 
 // Some words of a section where most of the query is near, the hits marked. A section without a hit is there for what it explains.
-function snippet({prose, code}, terms, meanings) {
+function snippet({at, prose, code}, terms, meanings) {
     const hits = new RegExp(terms.map(({name}) => escaped(name.replace(/(?<=[a-z]{4})(?:ing|ed|es|s|e)$/, ''))).join('|'), 'giu');
-    const text = [prose, code, meanings.join(' ')].find(text => text.search(hits) >= 0) ?? (meanings.join(' ') || prose);
+    const text = [prose, code].find(text => text.search(hits) >= 0) ?? meanings.get(at) ?? prose;
     const all = [...text.matchAll(hits)];
     const near = all.map(({index}) => new Set(all.filter(hit => hit.index >= index && hit.index < index + 150).map(hit => hit[0].toLowerCase())).size);
     const start = Math.max(0, text.lastIndexOf(' ', (all[near.indexOf(Math.max(...near))]?.index ?? 0) - 60) + 1);
