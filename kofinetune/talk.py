@@ -189,7 +189,7 @@ def chat(
     "Talk to a run's model, or ask it one question. /clear forgets, /bye ends."
     models = dict(tuned=['tuned'], base=['base'], both=['base', 'tuned'])
     if model not in models:
-        raise ValueError(f'model is {model!r}; it is one of {", ".join(models)}')
+        raise ValueError(f'model is {model!r}; it must be one of {", ".join(models)}')
     if given and not question:
         raise ValueError(f'input {given!r:.40} has no question; write one before it')
     run = Path(run)

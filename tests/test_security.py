@@ -207,7 +207,7 @@ def test_the_lock_holds_every_dependency_with_hashes_and_no_address():
     ini.read(ROOT/'settings.ini', encoding='utf-8')
     for key, value in ini['DEFAULT'].items():
         for wanted in map(Requirement, value.split() if key.endswith('requirements') else ()):
-            assert all(v in wanted.specifier for v in pinned.get(canonicalize_name(wanted.name), ['missing'])), f'{wanted}; mend it with: make lock'
+            assert all(v in wanted.specifier for v in pinned.get(canonicalize_name(wanted.name), ['missing'])), f'{wanted}; fix it with: make lock'
 
 
 def test_no_finding_is_silenced_without_a_reason():
