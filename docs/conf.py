@@ -1,9 +1,13 @@
 """The site: Sphinx reads the notebooks in nbs/ as they are. Build it in both languages with `make docs`.
 
 extensions/notebooks.py   nbdev's conventions become MyST's
+extensions/folds.py       long implementations folded under their signature and summary
 extensions/reference.py   API pages from docstrings and comments, the index of symptoms, links from back-ticked names
 extensions/messages.py    which texts are translated, and the translation of a whole notebook
-extensions/search.py      a search index that finds Korean inside words
+extensions/glossary.py    what a word means, at its first use in a lesson
+extensions/pictures.py    drawings and plots in the page's colours and language
+extensions/tables.py      tables for a phone and for a screen reader
+extensions/search.py      what the search looks through: the sections of every page
 extensions/pages.py       what stands around a page: switch of language, buttons, notebooks, Markdown copies, llms.txt
 """
 import sys
@@ -19,7 +23,7 @@ project, author, release = settings['lib_name'], settings['author'], settings['v
 copyright = settings['copyright']
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages',
               'sphinxext.opengraph', 'extensions.notebooks', 'extensions.reference', 'extensions.messages',
-              'extensions.search', 'extensions.pages']
+              'extensions.glossary', 'extensions.pictures', 'extensions.tables', 'extensions.search', 'extensions.pages']
 exclude_patterns = ['.ipynb_checkpoints', '_*']
 source_suffix = {'.ipynb': 'myst-nb', '.md': 'myst-nb'}
 nb_execution_mode = 'off'                # the outputs are stored in the notebooks
@@ -44,11 +48,12 @@ gettext_location = False                 # no line numbers, so that a diff shows
 templates_path = [str(docs/'templates')]
 
 html_baseurl = site + ('ko/' if language == 'ko' else '')
-if language == 'ko': nb_code_prompt_show, nb_code_prompt_hide = '코드 보기', '코드 숨기기'
+nb_code_prompt_show, nb_code_prompt_hide = ('코드 보기', '코드 숨기기') if language == 'ko' else ('Show the code', 'Hide the code')
 html_theme = 'sphinx_book_theme'
 html_title = project
 html_static_path = [str(docs/'static')]
 html_css_files = ['site.css']
+html_js_files = [('site.js', {'defer': 'defer'})]
 html_favicon = str(docs/'static'/'favicon.svg')
 html_context = {'default_mode': 'auto'}   # light or dark, as the reader's system has it
 html_copy_source = False                 # each page's notebook and Markdown copy are written by extensions/pages.py

@@ -126,15 +126,46 @@ def test_sitemap_names_pages_that_exist(site, pages):
     assert {'index.html', 'ko/index.html', '00_data.html', 'ko/api/data.html'} <= listed <= set(pages)
 
 
-def test_search_finds_korean_inside_words_and_symbols(site):
-    for folder in (site, site/'ko'):
-        text = (folder/'searchindex.js').read_text(encoding='utf-8')
-        index = json.loads(text[len('Search.setIndex('):-1])
-        assert '조정' in index['terms'] or '학교' in index['terms']
-        assert 'format_prompt' in json.dumps(index['objects']) and 'format_prompt' in index['terms']
-        code = (folder/'_static'/'language_data.js').read_text(encoding='utf-8')
-        stemmer = re.search(r'window\.Stemmer = (\w+);', code)[1]   # what the search page calls
-        assert f'var {stemmer}=' in code
+def test_the_search_index_has_every_section_that_is_there(site, pages):
+    for folder in ('', 'ko/'):
+        text = (site/folder/'searchindex.js').read_text(encoding='utf-8')
+        index = json.loads(text.removeprefix('const INDEX = ').removesuffix(';\n'))
+        assert {address for address, *_ in index['pages']} >= {f'{path.stem}.html' for path in NOTEBOOKS} | {'troubleshooting.html', 'api/data.html'}
+        for address, title, weight, sections in index['pages']:
+            ids = {e.get('id') for e in pages[folder + address].iter() if e.get('id')} | {''}
+            assert sections and {anchor for anchor, *_ in sections} <= ids, address
+        titles = {title for _, _, _, sections in index['pages'] for _, title, *_ in sections}
+        assert 'format_prompt' in titles
+
+
+def test_long_implementations_are_folded_and_short_ones_are_not(pages):
+    "Their signature and summary are in sight, in Korean where the reference has it; the code is whole inside."
+    for name, path in [(folder + f'{path.stem}.html', path) for path in NOTEBOOKS for folder in ('', 'ko/')]:
+        exported = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code' and re.match(r'#\| *exports\b', c.source)]
+        code = [re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip() for source in exported]
+        folds = pages[name].xpath('//div[contains(@class, "implementation")]')
+        inside = [fold.xpath('.//details//pre')[0].text_content().strip() for fold in folds]
+        assert inside == [source for source in code if len(source.splitlines()) > 12], name
+        for fold, source in zip(folds, inside):
+            seen = fold.xpath('./div[contains(@class, "highlight")]//pre')
+            assert seen and re.sub(r'\W', '', seen[0].text_content())[:20] in re.sub(r'\W', '', re.sub(' *#.*', '', source)), name
+
+
+def test_tables_have_one_row_of_headers_and_no_number_longer_than_it_matters(pages):
+    for name, page in pages.items():
+        for table in page.iterfind('.//article//table'):
+            assert len(table.findall('thead/tr')) <= 1, name
+            numbers = [cell.text_content().strip() for cell in table.iter('td')]
+            assert not [number for number in numbers if re.fullmatch(r'-?\d+\.\d{4,}', number) and abs(float(number)) >= .01], name
+
+
+def test_a_lesson_explains_words_of_the_glossary_in_its_own_language(pages):
+    for path in (path for path in NOTEBOOKS if path.stem[0] == '0'):
+        for folder, letters in (('', '[a-z]{3}'), ('ko/', '[가-힣]{2}')):
+            terms = pages[folder + f'{path.stem}.html'].findall('.//dfn')
+            meanings = [term.find('span').text for term in terms]
+            assert len(terms) > 5 and len(meanings) == len(set(meanings)), path.stem
+            assert all(re.search(letters, text) for text in meanings), path.stem
 
 
 def test_card_and_lost_pages(site):

@@ -1,7 +1,6 @@
 "Notebooks as Sphinx reads them: nbdev's own processors first, then Quarto's conventions become MyST's."
 import json
 import re
-from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -11,7 +10,9 @@ from nbdev.process import NBProcessor
 
 from settings import page_order
 
+from .folds import folded, is_long, own_summaries
 from .messages import catalogue
+from .pictures import labels
 from .reference import modules
 
 # What nbdev does for its own site, less what belongs to Quarto alone; show_doc is answered by reference.py.
@@ -21,6 +22,7 @@ PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processo
 # A directive, its value, and the tag by which MyST-NB does the same.
 TAGS = {('echo:', 'false'): 'remove-input', ('output:', 'false'): 'remove-output', ('include:', 'false'): 'remove-cell',
         ('code-fold:', 'true'): 'hide-input', ('code-fold:', 'show'): 'hide-input'}
+TRAIL = re.compile(r'^```text\n +\[?00 .*-->.*\n```\n*', re.M)   # where a lesson is; the site says it above each
 FILE_LINK = re.compile(r'\[([^\]]+)\]\((?!https?:)[^)]*\)')   # in what a cell printed: to a file of its run
 
 
@@ -34,29 +36,34 @@ def read_notebook(app, docname, source):
     notebook = dict2nb(json.loads(source[0]))
     notebook.path_ = path
     NBProcessor(nb=notebook, procs=PROCESSORS).process()
-    cells, heading = [], ''
-    for cell in together(notebook.cells):
+    cells, heading, extracts = [], '', app.builder.name == 'gettext'
+    for cell, shown in with_names(notebook.cells):
         if cell.cell_type == 'markdown': heading = next(iter(re.findall('^#+ (.+)$', cell.source, re.M)[::-1]), heading)
+        if 'exports' in options(cell) and is_long(bare(cell)):
+            about = own_summaries(bare(cell), shown) if extracts else [folded(bare(cell), shown, docname, app.config.language)]
+            cells += [markdown(text) for text in about]
+            continue
         cells.append(convert(cell, heading, catalogue(app.config.language, docname)))
-    if app.builder.name == 'gettext': cells += [markdown(alt) for cell in notebook.cells if (alt := described(cell))]
+        if shown: cells.append(markdown(f'```{{shown}} {" ".join(shown)}\n```'))
+    if extracts: cells += [markdown(text) for cell in notebook.cells for text in (described(cell), *plot_labels(cell)) if text]
     if docname == 'index': cells.append(markdown(contents(path.parent)))
     for number, cell in enumerate(cells): cell['id'] = f'cell-{number}'
     source[0] = json.dumps(dict(cells=cells, metadata=json.loads(source[0])['metadata'], nbformat=4, nbformat_minor=5))
 
 
-def together(cells):
-    "One cell for the `show_doc`s that nbdev puts below a cell, in the order in which the names are defined."
-    for shown, group in groupby(cells, lambda cell: cell.cell_type == 'code' and bool(SHOWN.match(cell.source))):
-        group = list(group)
-        if shown: group[0].source = '\n'.join(cell.source for cell in group[::-1])
-        yield from group[:1] if shown else group
+def with_names(cells):
+    "Each cell with the names for which nbdev puts a `show_doc` below it, in the order in which they are defined."
+    pairs = []
+    for cell in cells:
+        if cell.cell_type == 'code' and (shown := SHOWN.findall(cell.source)): pairs[-1][1][:0] = shown
+        else: pairs.append((cell, []))
+    return pairs
 
 
 def convert(cell, heading, messages):
     "A cell as nbdev left it, as MyST-NB wants it."
     if cell.cell_type == 'raw': return markdown(front_matter(yaml.safe_load(cell.source.strip().strip('-'))))
     if cell.cell_type == 'markdown': return markdown(to_myst(cell.source))
-    if shown := SHOWN.findall(cell.source): return markdown(f'```{{shown}} {" ".join(shown)}\n```')
     return code(cell, described(cell) or heading, messages)
 
 
@@ -69,7 +76,8 @@ def front_matter(fields):
 
 
 def to_myst(text):
-    "Folded solutions and Quarto's callouts as MyST's directives."
+    "Folded solutions and Quarto's callouts as MyST's directives. One trail of the lessons is enough."
+    text = TRAIL.sub('', text)
     text = re.sub(r'<details>\s*<summary>(.+?)</summary>', r':::{dropdown} \1', text).replace('</details>', ':::')
     return re.sub(r'^:::+ *\{\.callout-(\w+)(.*?)\}', callout, text, flags=re.M)
 
@@ -84,19 +92,23 @@ def callout(found):
 
 
 def options(cell): return {name: ' '.join(values).strip('"\'') for name, values in getattr(cell, 'directives_', {}).items()}
+def bare(cell): return re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')   # without directives
 def described(cell): return options(cell).get('fig-alt:') or options(cell).get('fig-cap:')
+
+
+def plot_labels(cell): return [label for output in cell.get('outputs', []) for label in labels(''.join(output.get('data', {}).get('image/svg+xml', '')))]
 
 
 def code(cell, alt, messages):
     "A code cell with Quarto's directives as tags. A picture is described by `fig-alt`, or else by the heading above it."
-    said = options(cell)
-    tags = list(cell.metadata.get('tags', [])) + [tag for (name, value), tag in TAGS.items() if said.get(name) == value]
+    said, source = options(cell), bare(cell)
+    tags = ['hide-input'] * (is_long(source) and said.get('code-fold:') != 'false') + list(cell.metadata.get('tags', [])) + [tag for (name, value), tag in TAGS.items() if said.get(name) == value]
     alt = messages.get(alt, alt).replace('`', '')   # MyST-NB makes pictures too late for Sphinx to translate their texts
     for output in cell.get('outputs', []):
         if printed := output.get('data', {}).get('text/markdown'): output['data']['text/markdown'] = FILE_LINK.sub(r'\1', ''.join(printed))
     return dict(cell_type='code', execution_count=cell.get('execution_count'), outputs=cell.get('outputs', []),
                 metadata=dict(tags=tags, mystnb=dict(image=dict(alt=alt))),
-                source=re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n'))
+                source=source)
 
 
 def contents(folder):

@@ -5,6 +5,8 @@ What can be read from the files alone (links, twins, catalogues) is tested in te
 import http.server
 import json
 import os
+import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,9 @@ import pytest
 from driver import SHOTS, chromium  # noqa: F401  chromium is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT/'docs'))
+from measure import faults, measure   # noqa: E402
+
 SITE = ROOT/'_site'
 UNDER = '/kofinetune/'
 LANGUAGES = {'en': '', 'ko': 'ko/'}
@@ -113,8 +118,10 @@ def walk(built, url, chromium):
         page.goto(url + address(name), wait_until='load')
         start = time.monotonic()
         here['wide'] = page.evaluate(WIDE)
+        here['limits'] = faults(name, 'phone', measure(page, 'phone'))
         if os.environ.get('KOFINETUNE_SHOTS'): shoot(page, f'{name}-phone')
         page.set_viewport_size(dict(width=1280, height=900))
+        here['limits'] += faults(name, 'desk', measure(page, 'desk'))
         if os.environ.get('KOFINETUNE_SHOTS'):
             for look in ('dark', 'light'): theme(page, look); shoot(page, f'{name}-{look}')
         page.add_style_tag(content='* { transition: none !important }')     # a colour on its way to another is not judged
@@ -134,8 +141,8 @@ def shoot(page, name): page.screenshot(path=SHOTS/f'site-{name.replace("/", "-")
 
 
 @pytest.mark.parametrize('language', LANGUAGES)
-@pytest.mark.parametrize('what', ['outside', 'complaints', 'axe', 'wide'], ids=[
-    'no_request_leaves_the_site', 'no_error_in_the_console', 'no_barrier_that_axe_calls_serious', 'nothing_sideways_on_a_phone'])
+@pytest.mark.parametrize('what', ['outside', 'complaints', 'axe', 'wide', 'limits'], ids=[
+    'no_request_leaves_the_site', 'no_error_in_the_console', 'no_barrier_that_axe_calls_serious', 'nothing_sideways_on_a_phone', 'nothing_cut_and_no_lesson_too_long'])
 def test_on_every_page(walk, what, language):
     pages = of(language, walk)
     assert len(pages) > len(NOTEBOOKS)
@@ -150,20 +157,85 @@ def search(page, url, language, words):
     page.locator('input[type=search]').locator('visible=true').first.fill(words)
     page.keyboard.press('Enter')
     page.wait_for_url('**/search.html?**')
-    page.wait_for_function("document.querySelector('#search-results .search-summary')?.textContent.match(/[0-9]/)")
-    page.wait_for_timeout(500)      # the excerpts are fetched one by one
-    return page.locator('#search-results li').all_inner_texts()
+    page.wait_for_selector('#search-results .search-summary')
+    return page.locator('#search-results ul.search > li').all_inner_texts()
 
 
-@pytest.mark.parametrize('language,words,in_it', [
-    ('en', 'format_prompt', 'format_prompt'), ('ko', 'format_prompt', 'format_prompt'), ('ko', '튜닝', '파인튜닝'), ('ko', '어댑터', '어댑터')])
-def test_search_finds(url, page, language, words, in_it):
+@pytest.mark.parametrize('language,words,pages', [('en', 'out of memory', ['01_qlora_train', 'troubleshooting'])] + [(language, *wanted) for language in LANGUAGES for wanted in (
+    ('파인튜닝', ['choose', 'glossary', 'index', '01_qlora_train']), ('미세조정', ['choose', 'glossary', 'index', '01_qlora_train']),
+    ('조정', ['choose', 'glossary', 'index', '01_qlora_train']), ('양자화', ['01_qlora_train', '03_ollama_export']), ('랭크', ['01_qlora_train']),
+    ('BOS', ['03_ollama_export']), ('format_prompt', ['prompt', '00_data']),
+    ('어댑터', ['01_qlora_train', '02_merge']))])
+def test_search_finds_the_right_page_first(url, page, language, words, pages):
+    "With a snippet in the page's language that has the word, or what it is called in the other language."
     found = search(page, url, language, words)
-    page.screenshot(path=SHOTS/f'site-search-{language}-{in_it}.png')
-    assert found and any(in_it in text.replace(' ', '') for text in found), found[:5]
-    page.locator('#search-results li a').first.click()
+    page.screenshot(path=SHOTS/f'site-search-{language}-{words.replace(" ", "-")}.png')
+    first = page.locator('#search-results ul.search > li').first
+    assert Path(urlsplit(first.locator('a').first.get_attribute('href')).path).stem in pages, found[:3]
+    snippet = first.locator('.context')
+    assert snippet.locator('mark').count() and bool(re.search('[가-힣]{2}', snippet.inner_text())) >= (language == 'ko')
+    first.locator('a').first.click()
     page.wait_for_load_state()
-    assert words in page.locator('main').inner_text()
+    assert page.locator('article h1').count() == 1
+
+
+# What a reader asks, and the lesson that says it.
+QUESTIONS = {
+    "Why does the post's train_loss say little?": '01_qlora_train', 'What does NF4 save on Gemma, and what does it cost?': '01_qlora_train',
+    'Why must `### Input:` be in TEMPLATE, and `<bos>` not?': '03_ollama_export', 'How many numbers does r = 8 add to one 640 x 2,048 matrix?': '01_qlora_train',
+    "Why are some of KoAlpaca's rows about another question?": '00_data', 'Why bits per byte?': '04_eval', 'What makes the model stop?': '03_ollama_export',
+    'Why is q4_K_M hardly smaller than q8_0 here?': '03_ollama_export', 'What does each way of merging keep?': '02_merge'}
+
+
+@pytest.mark.parametrize('question', QUESTIONS)
+def test_a_question_is_answered_by_one_of_the_first_three_pages(url, page, question):
+    page.goto(f'{url}{UNDER}search.html')
+    found = page.evaluate('question => search(question).pages.slice(0, 3).map(([best]) => [best.address, best.title])', question)
+    assert f'{QUESTIONS[question]}.html' in [address for address, _ in found], found
+
+
+@pytest.mark.parametrize('language', LANGUAGES)
+def test_no_result_says_what_to_do(url, page, language):
+    assert search(page, url, language, 'qqqzzz') == []
+    advice = page.locator('#search-results li a')
+    assert advice.count() == 3
+    for link in advice.all(): assert page.request.get(f'{url}{UNDER}{LANGUAGES[language]}{link.get_attribute("href")}').ok
+
+
+def test_a_fold_opens_for_a_link_into_it_and_for_the_printer(url, page):
+    page.goto(url + UNDER + '00_data.html')
+    folds = page.locator('.implementation details[id]')
+    inside = folds.nth(1)
+    assert not inside.evaluate('fold => fold.open')
+    page.goto(f'{url}{UNDER}00_data.html#{inside.get_attribute("id")}')
+    assert inside.evaluate('fold => fold.open') and not folds.first.evaluate('fold => fold.open')
+    page.pdf()
+    assert page.evaluate("[...document.querySelectorAll('details')].every(fold => fold.open)")
+
+
+@pytest.mark.parametrize('language', LANGUAGES)
+def test_the_keyboard_shows_what_a_word_means_and_puts_it_away(url, page, language):
+    page.goto(f'{url}{UNDER}{LANGUAGES[language]}01_qlora_train.html')
+    term = page.locator('dfn').first
+    meaning = term.locator('[role=tooltip]')
+    assert not meaning.is_visible()
+    term.focus()
+    assert meaning.is_visible() and term.get_attribute('aria-describedby') == meaning.get_attribute('id')
+    box = meaning.bounding_box()
+    assert box['x'] >= 0 and box['x'] + box['width'] <= 1280
+    page.keyboard.press('Escape')
+    assert not meaning.is_visible()
+
+
+def test_on_a_phone_every_cell_of_a_stacked_table_says_its_column(url, page):
+    page.set_viewport_size(dict(width=390, height=844))
+    page.goto(url + UNDER + '04_eval.html')
+    cells = page.locator('table.stacked tbody td[data-label]:not([data-label=""]):not(:first-child)')
+    assert cells.count() > 10
+    for cell in cells.all()[:20]:
+        assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == f'"{cell.get_attribute("data-label")}: "'
+        box = cell.bounding_box()
+        assert box['x'] >= 0 and box['x'] + box['width'] <= 391
 
 
 def test_the_language_switch_keeps_the_page(url, page):

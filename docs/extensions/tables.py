@@ -1,0 +1,82 @@
+"""Tables as they are read: one row of headers, numbers of a sensible length, and cells that say what they are where rows are stacked.
+
+static/site.js stacks the rows of a table that does not fit.
+"""
+import copy
+import re
+
+from bs4 import BeautifulSoup
+from sphinx.locale import _
+
+TABLE = re.compile('<table.*?</table>', re.S)
+LONG_NUMBER = re.compile(r'-?\d+\.\d{4,}')
+LONG_TABLE, FIRST = 16, 6   # rows of an output; of more than that the first ones are shown, and the others on a click
+NUMBERS = re.compile(r'[\s\d.,:%±+–\[\]()eE-]*(\bto\b[\s\d.,%-]*)?')   # a number or an interval: never broken
+
+
+def finish_tables(app, pagename, templatename, context, doctree):
+    "Finish every table of a page."
+    if doctree: context['body'] = TABLE.sub(lambda found: finish(found[0]), context['body'])
+
+
+def finish(html):
+    "One table: what it is to a reader and to a screen reader, also when its rows are stacked."
+    table = BeautifulSoup(html, 'html.parser').table
+    heads = table.select('thead tr')
+    if len(heads) == 2 and 'dataframe' in table.get('class', ()): merge_headers(*heads)
+    unmerge(table)
+    head = table.select_one('thead tr')
+    labels = [cell.get_text(' ', strip=True) for cell in head.find_all(['th', 'td'])] if head else []
+    table['role'] = 'table'
+    for group in table.find_all(['thead', 'tbody']): group['role'] = 'rowgroup'
+    for row in table.find_all('tr'):
+        row['role'] = 'row'
+        for place, cell in enumerate(row.find_all(['th', 'td'])):
+            cell['role'] = 'cell' if cell.name == 'td' else 'columnheader' if cell.find_parent('thead') else 'rowheader'
+            if place < len(labels) and not cell.find_parent('thead'): cell['data-label'] = labels[place]
+            text = cell.get_text().strip()
+            if LONG_NUMBER.fullmatch(text): cell.string = rounded(float(text))
+            kind = 'blank' if not text else 'numbers' if NUMBERS.fullmatch(text) else None
+            if kind: cell['class'] = [*cell.get('class', ()), kind]
+    for name in head.find_all('th') if head else (): break_at_underscores(name)
+    rows = table.select('tbody tr')
+    return split(table, rows) if len(rows) > LONG_TABLE and 'dataframe' in table.get('class', ()) else str(table)
+
+
+def unmerge(table):
+    "pandas writes an equal value of the index once for several rows; each row says it again."
+    for cell in table.select('tbody th[rowspan]'):
+        for row in cell.parent.find_next_siblings('tr')[:int(cell['rowspan']) - 1]: row.insert(len(cell.find_previous_siblings()), copy.copy(cell))
+    for cell in table.select('tbody th[rowspan]'): del cell['rowspan']
+
+
+def break_at_underscores(cell):
+    "Let a long name go on in the next line behind an underscore."
+    for text in cell.find_all(string=re.compile('_')):
+        text.replace_with(BeautifulSoup(text.replace('_', '_<wbr>'), 'html.parser'))
+
+
+def split(table, rows):
+    "A long table as its first rows, and the others in a fold."
+    rest = copy.copy(table)
+    for row in rows[FIRST:]: row.decompose()
+    for row in rest.select('tbody tr')[:FIRST]: row.decompose()
+    return f'{table}<details class="more"><summary>{_("%s more rows") % (len(rows) - FIRST)}</summary>{rest}</details>'
+
+
+def merge_headers(first, second):
+    "pandas writes the name of the index into a row of its own; it belongs above the index."
+    cells, index = first.find_all('th'), [cell for cell in second.find_all('th') if cell.get_text(strip=True)]
+    for cell, name in zip(cells, index):
+        if not cell.get_text(strip=True): cell.string = name.get_text(strip=True)
+    second.decompose()
+
+
+def rounded(number):
+    "Three decimals, or two digits of what is smaller than a hundredth."
+    return f'{number:.3f}' if abs(number) >= .01 or not number else f'{number:.2g}'
+
+
+def setup(app):
+    app.connect('html-page-context', finish_tables, priority=400)   # before the page is read for the search
+    return dict(parallel_read_safe=True, parallel_write_safe=True)
