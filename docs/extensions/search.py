@@ -30,7 +30,7 @@ class Sections(HTMLParser):
         if tag in VOID: return
         about = dict(attributes)
         classes, (_, skipped, section) = (about.get('class') or '').split(), self.path[-1]
-        skipped = skipped or tag in SKIPPED or about.get('role') == 'tooltip' or bool({'headerlink', 'shown'} & {*classes})
+        skipped = skipped or tag in SKIPPED or about.get('role') == 'tooltip' or bool({'headerlink', 'shown', 'viewcode-link'} & {*classes})
         if tag == 'details' and about.get('id') and not any(section[:2]): section[:2] = about['id'], about['id'].removeprefix(self.prefix).replace('-', '_')
         elif tag == 'section' and about.get('id') or 'implementation' in classes:   # whose name is that of the fold in it
             section = [about.get('id', ''), '', '', '']

@@ -38,7 +38,7 @@ def finish(html):
             if LONG_NUMBER.fullmatch(text): cell.string = rounded(float(text))
             kind = 'blank' if not text else 'numbers' if NUMBERS.fullmatch(text) else None
             if kind: cell['class'] = [*cell.get('class', ()), kind]
-    for name in head.find_all('th') if head else (): break_at_underscores(name)
+    for name in table.find_all('th'): break_at_underscores(name)
     rows = table.select('tbody tr')
     return split(table, rows) if len(rows) > LONG_TABLE and 'dataframe' in table.get('class', ()) else str(table)
 

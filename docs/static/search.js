@@ -63,9 +63,10 @@ function search(query) {
 }
 
 // Some words of a section where most of the query is near, the hits marked. A section without a hit is there for what it explains.
-function snippet({at, prose, code}, terms, meanings) {
+function snippet({at, title, prose, code}, terms, meanings) {
     const hits = new RegExp(terms.map(({name}) => escaped(name.replace(/(?<=[a-z]{4})(?:ing|ed|es|s|e)$/, ''))).join('|'), 'giu');
-    const text = [prose, code].find(text => text.search(hits) >= 0) ?? meanings.get(at) ?? prose;
+    const named = prose && title.search(hits) >= 0;   // what it is called is enough, if there is a word about it
+    const text = named ? prose : [prose, code].find(text => text.search(hits) >= 0) ?? meanings.get(at) ?? prose;
     const all = [...text.matchAll(hits)];
     const near = all.map(({index}) => new Set(all.filter(hit => hit.index >= index && hit.index < index + 150).map(hit => hit[0].toLowerCase())).size);
     const start = Math.max(0, text.lastIndexOf(' ', (all[near.indexOf(Math.max(...near))]?.index ?? 0) - 60) + 1);
