@@ -13,7 +13,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from .messages import catalogue
 
 LABEL = re.compile('(<text[^>]*>)([^<]*)(?=</text>)')
-WORDS = re.compile('(?!.*[a-z]_[a-z]).*[A-Za-z]{2}.*')   # no number, and no flag's name
+WORDS = re.compile('(?!.*[a-z]{2}_[a-z]).*[A-Za-z]{2}.*')   # no number, and no flag's name
 COLOURS = {'#ffffff': 'var(--pst-color-background)', '#000000': 'var(--pst-color-text-base)'}   # a plot's paper and ink
 
 
