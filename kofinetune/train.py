@@ -236,12 +236,12 @@ def plot_loss(
 ):                    # the axes
     "Draw training and held-out loss (nats per token in the loss) over the steps."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7, 3.5))[1]
+    ax = ax or plt.subplots()[1]
     for key, marker, label in (('loss', '.', 'training rows'),
                                ('eval_loss', 'o', 'held-out rows')):
         points = [(e['step'], e[key]) for e in log if key in e]
         if points: ax.plot(*zip(*points), marker=marker, label=label)
-    ax.set(xlabel='step', ylabel='nats per token in the loss', yscale='log')
+    ax.set(xlabel='step', ylabel='nats per token in the loss', ylim=(0, None))
     ax.legend()
     return ax
 

@@ -64,6 +64,7 @@ def test_nothing_is_fetched_from_elsewhere(pages):
 def test_every_picture_has_a_description(pages):
     for name, page in pages.items():
         assert not [i.get('src') for i in page.iterfind('.//article//img') if not i.get('alt')], name
+        assert not [1 for drawn in page.xpath('//article//svg[@role="img"]') if not drawn.get('aria-label')], name
 
 
 def test_english_notebooks_are_the_notebooks(site):

@@ -13,6 +13,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from .messages import catalogue
 
 LABEL = re.compile('(<text[^>]*>)([^<]*)(?=</text>)')
+WORDS = re.compile('(?!.*[a-z]{2}_[a-z]).*[A-Za-z]{2}.*')   # no number, and no flag's name
 COLOURS = {'#ffffff': 'var(--pst-color-background)', '#000000': 'var(--pst-color-text-base)'}   # a plot's paper and ink
 
 
@@ -41,7 +42,7 @@ def inline(svg, alt, name, messages):
     return svg.replace('<svg', f'<svg class="{kind}" role="img" aria-label="{escape(alt)}"', 1)
 
 
-def labels(svg): return [unescape(text) for _, text in LABEL.findall(svg)] if 'matplotlib' in svg else []
+def labels(svg): return [unescape(text) for _, text in LABEL.findall(svg) if WORDS.fullmatch(text)] if 'matplotlib' in svg else []
 
 
 def setup(app):

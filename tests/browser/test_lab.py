@@ -121,7 +121,8 @@ def strip(source, target):
 def code(nb): return [cell for cell in nb.cells if cell.cell_type == 'code']
 def ready(state, name): return state and state.get('path') == f'{name}.ipynb' and state['kernel'] == 'idle'
 def errors(cells): return [o for c in cells for o in c['outputs'] if o['output_type'] == 'error']
-def pictures(cell): return sum('image/png' in o.get('data', {}) for o in cell['outputs'])
+PICTURES = {'image/png', 'image/svg+xml'}
+def pictures(cell): return sum(not PICTURES.isdisjoint(o.get('data', {})) for o in cell['outputs'])
 
 def saved(path, model):
     "The file, once it holds every cell's count."
