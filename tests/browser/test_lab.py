@@ -190,7 +190,7 @@ def test_run_all_in_order(lab, name):
     check(lab.run_all(name))
 
 
-@pytest.mark.parametrize('name', ['00_data', '01_qlora_train', '03_ollama_export'])   # the others take the same way
+@pytest.mark.parametrize('name', ['00_data', '01_qlora_train', '02_merge', '03_ollama_export', '04_eval'])
 def test_a_second_run_all_reuses_what_is_done_and_says_so(lab, name):
     "In a fresh kernel again. No stage of the shared run is made a second time, and each says so."
     before = {path: path.stat().st_mtime_ns for path in (lab.folder/'runs'/'rehearsal').rglob('*') if path.is_file()}
