@@ -9,6 +9,7 @@ questions  base and every run answer all of benchmarks/questions.toml, with the 
 A run is one of `kofinetune run` with a bf16 file. Rows of KoAlpaca are not written into the result. The last line printed is the JSON that is written.
 """
 import argparse, json, os, platform, tempfile, time, tomllib
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,15 +34,17 @@ SAMPLINGS = {
     'google, temperature 0.4': GOOGLE | dict(temperature=.4),
     'google, temperature 0.7, penalty 1.1': GOOGLE | dict(temperature=.7, repeat_penalty=1.1)}
 PLAIN = dict(top_k=0, top_p=1., min_p=0., repeat_penalty=1., repeat_last_n=64, seed=42)   # llama.cpp's own defaults are others
+SLOTS = 16   # questions in one batch
 SHOWN = 'stop_rate', 'repetition', 'chrf', 'characters', 'hangul_share', 'particle_agreement', 'polite_speech', 'mixed_speech'
 
 
 def complete(server, prompts, stop, most, sampling):
-    "Let a served model answer prompts: what `_describe_answers` reads, and the seconds."
-    made, began = [], time.monotonic()
-    for prompt in prompts:
+    "Let a served model answer prompts, SLOTS at once: what `_describe_answers` reads, and the seconds."
+    def answer(prompt):
         said = server.post('/completion', json=PLAIN | sampling | dict(prompt=prompt, stop=stop, n_predict=most, cache_prompt=False)).json()
-        made.append(dict(answer=said['content'].strip(), stopped=said['stop_type'] != 'limit'))
+        return dict(answer=said['content'].strip(), stopped=said['stop_type'] != 'limit')
+    began = time.monotonic()
+    with ThreadPoolExecutor(SLOTS) as pool: made = list(pool.map(answer, prompts))
     return made, round(time.monotonic() - began, 1)
 
 
@@ -58,7 +61,7 @@ def sampling(run):
     rows = [row for row in read_jsonl(run/'eval'/'answers.jsonl') if row['tuned'] is not None]
     nouns = known_nouns([row[key] for key in ('instruction', 'input', 'output') for row in read_jsonl(run/'data'/'train.jsonl')])
     found = {}
-    with serve_gguf(file, recipe.num_ctx) as server:
+    with serve_gguf(file, recipe.num_ctx, slots=SLOTS) as server:
         for name, options in SAMPLINGS.items():
             made, seconds = complete(server, [format_prompt(row, recipe.style) for row in rows], stops, recipe.max_new_tokens, options)
             said = _describe_answers(rows, made, nouns)
@@ -77,7 +80,7 @@ def questions(runs, chosen):
         models = {'base': (recipe, base, stops)} | {run.name: opened(run) for run in runs}
         said = {}
         for name, (recipe, file, stops) in models.items():
-            with serve_gguf(file, recipe.num_ctx) as server:
+            with serve_gguf(file, recipe.num_ctx, slots=SLOTS) as server:
                 for way in dict.fromkeys(('greedy', chosen)):
                     prompts = [format_prompt(row, recipe.style) for row in asked]
                     said[name, way], seconds = complete(server, prompts, stops, recipe.max_new_tokens, SAMPLINGS[way])

@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import torch
 
-from answers import complete, opened
+from answers import SLOTS, complete, opened
 from export_ladder import engine_speed, served_file, speed
 from kofinetune.base import load_tokenizer
 from kofinetune.eval import _describe_answers
@@ -54,7 +54,7 @@ def measure(run, rows_taken, answers, names):
     found, scores = {}, {}
     for name, file in files.items():
         scores[name] = score(load_gguf(run/'merged', file))
-        with serve_gguf(file, recipe.num_ctx) as server:
+        with serve_gguf(file, recipe.num_ctx, slots=SLOTS) as server:
             made, _ = complete(server, [format_prompt(row, recipe.style) for row in rows[:answers]], stops, recipe.max_new_tokens, dict(temperature=0.))
         said = _describe_answers(rows[:answers], made, nouns)
         found[name] = dict(bytes=file.stat().st_size, answers=answers) | compared(scores[name], scores['bf16'])

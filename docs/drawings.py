@@ -58,7 +58,7 @@ def pipeline(language):
               ('03', 'Ollama', 'model.gguf\nModelfile'), ('04', ('evaluation', '평가'), 'report')]
     for i, (number, name, made) in enumerate(stages):
         x = 4 + 80 * i
-        d.box(x, 40, 68, 44, f'{number}\n{d.say(name)}', kind='new', size=11.5, bold=True)
+        d.box(x, 40, 68, 44, f'{number}\n{d.say(name)}', kind='new', size=10.5, bold=True)
         d.text(x + 34, 118, made, size=11.5, mono=True)
         d.line((x + 34, 84), (x + 34, 100), dashed=True)
         if i < 4: d.arrow((x + 68, 62), (x + 79, 62))
@@ -89,28 +89,9 @@ def loss_mask(language):
     return d
 
 
-LEVELS = (-1, -.6962, -.5251, -.3949, -.2844, -.1848, -.0911, 0, .0796, .1609, .2461, .3379, .4407, .5626, .723, 1)
-
-
-def nf4(language):
-    "Most weights are near zero, and so are most of the sixteen levels."
-    d = Drawing(206, language)
-    at = lambda value: 200 + 180 * value
-    bell = ' L'.join(f'{at(x / 50):.1f} {104 - 78 * math.exp(-(x / 50) ** 2 / .18):.1f}' for x in range(-50, 51))
-    d.parts.append(f'<path d="M{bell} Z" fill="{KINDS["plain"][0]}" stroke="{KINDS["plain"][1]}"/>')
-    d.text(324, 40, ('how many weights\nhave this size', '이 크기의\n가중치 수'), size=13)
-    for y, values, kind, name in ((128, LEVELS, 'new', ('NF4: close together near zero', 'NF4: 0 근처에 촘촘하게')),
-                                  (176, [i / 7.5 - 1 for i in range(16)], 'bad', ('even steps: most are wasted', '고른 간격: 대부분 쓰이지 않음'))):
-        d.line((at(-1), y), (at(1), y), kind=kind)
-        for value in values: d.line((at(value), y - 9), (at(value), y + 9), kind=kind)
-        d.text(200, y + 22, name, size=13)
-    for value in (-1, 0, 1): d.text(at(value), 112, f'{value:g}'.replace('-', '−'), size=12)
-    return d
-
-
 def lora(language):
     "A frozen matrix, and beside it the product of two thin ones, which alone are trained."
-    d = Drawing(262, language)
+    d = Drawing(268, language)
     d.box(10, 60, 150, 110, ('W, frozen\n640 × 2,048\n= 1,310,720', 'W, 고정\n640 × 2,048\n= 1,310,720'), size=13)
     d.box(250, 142, 120, 28, 'A: r × 640', 'new', size=13, bold=True)
     d.box(270, 66, 80, 44, 'B:\n2,048 × r', 'new', size=13, bold=True)
@@ -123,7 +104,7 @@ def lora(language):
     d.arrow((85, 60), (85, 30), (187, 30))
     d.arrow((310, 66), (310, 30), (213, 30), kind='new')
     d.text(262, 20, '× α / r', size=13)
-    d.text(214, 254, ('trained with r = 8: 8 × (640 + 2,048) = 21,504 numbers', 'r = 8일 때 학습하는 수: 8 × (640 + 2,048) = 21,504개'), size=13)
+    d.text(WIDTH / 2, 254, ('r = 8: 8 × (640 + 2,048) = 21,504 numbers to train', 'r = 8: 학습하는 수 8 × (640 + 2,048) = 21,504개'), size=13)
     return d
 
 
@@ -146,46 +127,46 @@ def packing(language):
 
 def two_sides(language):
     "One question goes through the training's code and through Ollama, and the same tokens must come out."
-    d = Drawing(336, language)
+    d = Drawing(284, language)
     d.text(96, 14, ('training (transformers)', '학습(transformers)'), bold=True)
     d.text(304, 14, ('serving (Ollama)', '서빙(Ollama)'), bold=True)
     steps = [(('a row:\ninstruction, input', '행:\ninstruction, input'), ('a request:\nprompt, system', '요청:\nprompt, system'), ''),
              ('format_prompt', 'TEMPLATE', ('same text?', '텍스트가 같은가?')), ('tokenizer.json', ('vocabulary\nin the GGUF', 'GGUF 안의\n어휘 집합'), ('same ids?', 'id가 같은가?')),
              (('weights,\nsafetensors', '가중치,\nsafetensors'), ('weights\nin the GGUF', 'GGUF 안의\n가중치'), ('same answer?', '답이 같은가?'))]
     for i, (one, other, check) in enumerate(steps):
-        y = 30 + 76 * i
-        d.box(16, y, 140, 44, one, 'plain', size=13)
-        d.box(244, y, 140, 44, other, 'other', size=13)
+        y = 28 + 62 * i
+        d.box(16, y, 132, 42, one, 'plain', size=13)
+        d.box(252, y, 132, 42, other, 'other', size=13)
         if i < 3:
-            d.arrow((86, y + 44), (86, y + 75))
-            d.arrow((314, y + 44), (314, y + 75))
+            d.arrow((82, y + 42), (82, y + 61))
+            d.arrow((318, y + 42), (318, y + 61))
         if check:
-            d.text(200, y + 8, check, size=12)
-            d.line((158, y + 26), (242, y + 26), kind='new', dashed=True)
-    d.text(200, 322, ('<bos> is added by both: it is in neither prompt', '<bos>는 양쪽이 알아서 붙이므로 프롬프트에 쓰지 않음'), size=13)
+            d.text(200, y + 9, check, size=12)
+            d.line((150, y + 24), (250, y + 24), kind='new', dashed=True)
+    d.text(200, 271, ('<bos> is added by both: it is in neither prompt', '<bos>는 양쪽이 알아서 붙이므로 프롬프트에 쓰지 않음'), size=13)
     return d
 
 
 def stopping(language):
     "Three things end an answer: the model's own terminator, a stop string, a limit."
-    d = Drawing(238, language)
+    d = Drawing(204, language)
     rows = [(('the model writes <eos>: a finished answer', '모델이 <eos>를 씀: 끝맺은 답변'), ['1', ',', '3', ',', '8', '<eos>'], 'new', ('stop', '끝')),
             (('no <eos>: a stop string cuts', '<eos>가 없음: 정지 문자열이 자름'), ['1', ',', '3', ',', '8', '### Input:'], 'other', ('cut', '자름')),
             (('neither: num_predict cuts', '둘 다 없음: num_predict가 자름'), ['1', ',', '3', ',', '8', '8', '8', '8', '8'], 'bad', ('cut', '자름'))]
     for i, (label, tokens, kind, end) in enumerate(rows):
-        y, x = 18 + 76 * i, 8
+        y, x = 14 + 66 * i, 8
         d.text(8, y, label, anchor='start', bold=True)
         for place, token in enumerate(tokens):
             width = 14 + 9 * len(token)
             last = place == len(tokens) - 1
             d.box(x, y + 18, width, 28, token, kind if last or kind == 'bad' and place > 4 else 'plain', mono=True)
             x += width + 4
-        d.line((x + 2, y + 12), (x + 2, y + 52), kind=kind)
+        d.line((x + 2, y + 14), (x + 2, y + 50), kind=kind)
         d.text(x + 10, y + 32, end, size=13, anchor='start')
     return d
 
 
-DRAWINGS = dict(pipeline=pipeline, loss_mask=loss_mask, nf4=nf4, lora=lora, packing=packing, two_sides=two_sides, stopping=stopping)
+DRAWINGS = dict(pipeline=pipeline, loss_mask=loss_mask, lora=lora, packing=packing, two_sides=two_sides, stopping=stopping)
 
 
 def write(folder=FOLDER):

@@ -28,12 +28,13 @@ def serve_gguf(
     path: Path,           # a GGUF file
     num_ctx: int = 2048,  # tokens of prompt and answer
     threads: int = 0,     # 0: all, or one for a file below 30 MB
+    slots: int = 1,       # requests answered at once, as one batch
 ):                        # an httpx client of the server
     "Serve a GGUF file with llama.cpp inside this process, while the block runs."
     import httpx, xllamacpp
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(path), num_ctx, 1
-    params.hostnames, params.port = ['127.0.0.1'], 0
+    params.model.path, params.hostnames, params.port = str(path), ['127.0.0.1'], 0
+    params.n_ctx, params.n_parallel = num_ctx * slots, slots
     params.verbosity, params.warmup = -1, False
     if not threads: threads = 1 if Path(path).stat().st_size < 30e6 else os.cpu_count()
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
@@ -78,11 +79,10 @@ def _round_like(values, dtype):
 def _round_model(model, dtype):
     "Let a model round every matrix, and what goes into it."
     import torch
-    def round_input(layer, given): return (_round_like(given[0], dtype),)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.weight.data.copy_(_round_like(layer.weight.data, dtype))
-            layer.register_forward_pre_hook(round_input)
+            layer.register_forward_pre_hook(lambda _, x: (_round_like(x[0], dtype),))
 
 # %% ../nbs/proof.ipynb #5faf0812
 def verify_gguf(
@@ -182,10 +182,9 @@ def _counted(seen, gaps, moved, margins, dtype):
 def _failures(proof, dtype):
     "Write one sentence for each thing that a proof found wrong."
     numbers, greedy, found = proof['logprobs'], proof['greedy'], []
-    for part, what in (('text', 'are rendered differently'),
-                       ('tokens', 'have other tokens')):
-        seen = proof.get(part, {})
-        if seen.get('different'):
+    for part, what in dict(text='are rendered differently',
+                           tokens='have other tokens').items():
+        if (seen := proof.get(part, {})).get('different'):
             found.append(f"{seen['different']} of {seen['checked']} prompts {what}, "
                          f"first {seen['examples'][0]!r:.90}")
     if not numbers['max_difference'] <= greedy['rounding']:

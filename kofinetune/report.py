@@ -69,8 +69,8 @@ def _shared_rows(read):
     notes = [f'{name} was TRAINED on {taught} of these {len(rows)} rows: '
              'its numbers are too good' for name, r in read.items()
              if (taught := sum(row in r['trained'] for row in rows))]
-    if len({r['recipe']['base'] for r in read.values()}) > 1:
-        notes.append('the bases differ: compare bits per byte, not loss')
+    if len({(r['recipe']['base'], r['recipe']['style']) for r in read.values()}) > 1:
+        notes.append('base or style differs: compare bits per byte, not loss')
     return rows, notes
 
 # %% ../nbs/report.ipynb #8fc0714b
@@ -142,15 +142,16 @@ def _write_comparison(result, read, folder):
     (folder/'compare.md').write_text(text, encoding='utf-8', newline='\n')
 
 def _draw_curves(read, path):
-    "Draw the loss curves of runs: training rows thin, held-out rows thick."
+    "Draw the loss curves, held-out rows thick; a panel for each kind of loss."
     from matplotlib.figure import Figure
+    kinds = sorted({r['recipe']['loss'] for r in read.values()})
     figure = Figure(figsize=(8, 4), layout='constrained')
-    ax = figure.subplots()
-    for i, (name, r) in enumerate(read.items()):
-        for key, label, width in ('loss', 'training', .5), ('eval_loss', 'held out', 2):
-            points = zip(*((e['epoch'], e[key]) for e in r['log'] if key in e))
-            ax.plot(*points, f'C{i}.-', label=f'{name}, {label}', lw=width)
-    ax.set(xlabel='epoch', ylabel='nats per token in the loss', yscale='log',
-           title='Loss of each run')
-    ax.legend()
+    for ax, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        for i, (name, r) in enumerate(read.items()):
+            if r['recipe']['loss'] != kind: continue
+            for key, what, lw in ('loss', 'training', .5), ('eval_loss', 'held out', 2):
+                points = zip(*((e['epoch'], e[key]) for e in r['log'] if key in e))
+                ax.plot(*points, f'C{i}.-', label=f'{name}, {what}', lw=lw)
+        ax.set(xlabel='epoch', ylabel='nats/token', yscale='log', title=f'loss: {kind}')
+        ax.legend()
     figure.savefig(path, dpi=110)
