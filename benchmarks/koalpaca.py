@@ -6,13 +6,14 @@ Each is `kofinetune run` with the settings below, for one epoch; a run that is f
 the same numbers and is faster. Beside each report stands the same loss from a few lines of plain torch, on the first --plain rows that both were
 evaluated on. Rows of KoAlpaca, and answers to them, are left out. One to two hours a run on two cores. The last line printed is the JSON that is written.
 """
-import argparse, json, math, subprocess, sys
+import argparse, json, math, subprocess, sys, tempfile
 from pathlib import Path
 
 from gemma import BASE, VERSIONED, machine
 from importlib.metadata import version
 from kofinetune.base import base_path
 from kofinetune.runs import read_jsonl, read_manifest, write_json
+from kofinetune.stats import summarize
 
 SETTINGS = dict(
     best=dict(epochs=1),
@@ -72,12 +73,20 @@ def measure(name, run, rows):
 
 
 def both(runs, count):
-    "What `kofinetune compare` prints, and the losses in plain torch on rows that neither run was trained on."
-    said = subprocess.run([sys.executable, '-m', 'kofinetune.cli', 'compare', *map(str, runs.values())], capture_output=True, text=True, check=True).stdout
-    held = [{(row['instruction'], row['input']): row for row in read_jsonl(run/'eval'/'answers.jsonl')} for run in runs.values()]
-    rows = [row for key, row in held[-1].items() if key in held[0]][:count]
-    plain = {name: plain_loss(run/'merged', rows, 'blog' if name == 'blog' else 'alpaca') for name, run in runs.items()}
-    return dict(compare=said, plain=dict(count=len(rows), base=plain_loss(base_path(BASE), rows, 'alpaca')) | plain)
+    "What `kofinetune compare` says, and the losses in plain torch on rows that neither run was trained on, beside those of the runs' own reports."
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, '-m', 'kofinetune.cli', 'compare', *map(str, runs.values()), '--out', folder], check=True)
+        compared = json.loads((Path(folder)/'compare.json').read_text(encoding='utf-8'))
+    scored = {name: {(row['instruction'], row['input'], row['output']): (row, score) for row, score in
+                     zip(read_jsonl(run/'eval'/'answers.jsonl'), read_jsonl(run/'eval'/'scores.jsonl')) if score['merged']} for name, run in runs.items()}
+    shared = [key for key in scored['best'] if key in scored['blog']][:count]
+    rows = [scored['best'][key][0] for key in shared]
+    plain = dict(base=dict(plain=plain_loss(base_path(BASE), rows, 'alpaca')))
+    for name, run in runs.items(): plain[name] = dict(plain=plain_loss(run/'merged', rows, 'blog' if name == 'blog' else 'alpaca'))
+    for name in plain:
+        ours = [scored['blog' if name == 'blog' else 'best'][key][1]['base' if name == 'base' else 'merged'] for key in shared]
+        plain[name]['report'] = summarize(ours)['answer_nll']
+    return dict(compare=compared, plain=dict(rows=len(rows)) | plain)
 
 
 def main():

@@ -5,6 +5,7 @@ copy of each page, llms.txt, and the one string that Sphinx's Korean catalogue l
 """
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -52,6 +53,11 @@ def write_files(app, exception):
             text = notebook_markdown(notebook)
         else: text = plain_markdown(path.read_text(encoding='utf-8'), catalogue(language, docname))
         write(out/f'{docname}.md', text)
+    for folder in (out/'drawings', out/'notebooks'/'drawings'):   # which the copies show
+        folder.mkdir(exist_ok=True)
+        for path in (Path(app.srcdir)/'drawings').glob('*.svg'):
+            name, _, drawn_for = path.stem.partition('.')
+            if (drawn_for or 'en') == language: shutil.copyfile(path, folder/f'{name}.svg')
     write(out/'llms.txt', llms_txt(app))
     if language == 'ko': mend_plural(out/'_static'/'translations.js')
 

@@ -187,7 +187,8 @@ QUESTIONS = {
     "Why does the post's train_loss say little?": '01_qlora_train', 'What does NF4 save on Gemma, and what does it cost?': '01_qlora_train',
     'Why must `### Input:` be in TEMPLATE, and `<bos>` not?': '03_ollama_export', 'How many numbers does r = 8 add to one 640 x 2,048 matrix?': '01_qlora_train',
     "Why are some of KoAlpaca's rows about another question?": '00_data', 'Why bits per byte?': '04_eval', 'What makes the model stop?': '03_ollama_export',
-    'Why is q4_K_M hardly smaller than q8_0 here?': '03_ollama_export', 'What does each way of merging keep?': '02_merge'}
+    'Why is q4_K_M hardly smaller than q8_0 here?': '03_ollama_export', 'What does each way of merging keep?': '02_merge',
+    'Why does a tuned model repeat itself, and what helps?': '04_eval'}
 
 
 @pytest.mark.parametrize('question', QUESTIONS)
