@@ -8,8 +8,10 @@ packaged conversations in style chat, and counts the last answers that are right
 hour on two cores.
 """
 import argparse, contextlib, json, os, platform, re, shutil, socket, subprocess, sys, tempfile, time
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from kofinetune.runs import read_jsonl, read_manifest, write_json
 from kofinetune.base import _auto_dtype
@@ -92,6 +94,22 @@ def dialogs(run):
                             tokens=proof['tokens']['checked'], greedy=proof['greedy']['checked']))
 
 
+def disk():
+    "Bytes of the packages that `pip install kofinetune[gemma]` brings, and of the unpacked base."
+    from kofinetune.base import base_path
+    sizes, waiting = {}, [('kofinetune', ('gemma',))]
+    while waiting:
+        name, extras = waiting.pop()
+        here = distribution(name)
+        if here.name in sizes: continue
+        sizes[here.name] = sum(file.size or 0 for file in here.files)
+        for wanted in map(Requirement, here.requires or []):
+            if not wanted.marker or any(wanted.marker.evaluate({'extra': extra}) for extra in ('', *extras)): waiting.append((wanted.name, wanted.extras))
+    return dict(system=platform.system(), packages=len(sizes), packages_bytes=sum(sizes.values()),
+                for_gpus_bytes=sum(size for name, size in sizes.items() if name.startswith(('nvidia', 'triton', 'cuda'))),
+                base_bytes=sum(file.stat().st_size for file in Path(base_path(BASE)).iterdir()))
+
+
 @contextlib.contextmanager
 def ollama(folder):
     "An Ollama server: the one that OLLAMA_HOST names, or one of our own."
@@ -113,12 +131,12 @@ def main():
     parser.add_argument('--json', type=Path)
     parser.add_argument('--rows', type=Path, help="KoAlpaca's file; without it `best` is left out")
     parser.add_argument('--run', type=Path, help='where to keep the run of laptop (or of what --only names), which must not be there; else it is thrown away')
-    parser.add_argument('--only', choices=['laptop', 'best', 'dialogs'])
+    parser.add_argument('--only', choices=['laptop', 'best', 'dialogs', 'disk'])
     args = parser.parse_args()
     result = dict(machine=machine(), versions={p: version(p) for p in VERSIONED})
     with tempfile.TemporaryDirectory(prefix='gemma-') as scratch, ollama(Path(scratch)):
         def place(name): return args.run if args.run and name == (args.only or 'laptop') else Path(scratch)/name
-        parts = dict(laptop=lambda: laptop(place('laptop')), best=lambda: best(place('best'), args.rows), dialogs=lambda: dialogs(place('dialogs')))
+        parts = dict(laptop=lambda: laptop(place('laptop')), best=lambda: best(place('best'), args.rows), dialogs=lambda: dialogs(place('dialogs')), disk=disk)
         for name, measure in parts.items():
             if args.only not in (None, name) or name == 'best' and not args.rows: continue
             result[name] = measure()

@@ -69,7 +69,7 @@ def measure(name, run, rows):
     stages = read_manifest(run)['stages']
     report = {key: value for key, value in stages['eval']['result'].items() if key not in ('examples', 'failures')}
     return dict(command=' '.join(map(str, command)).replace(str(rows), 'ko_alpaca_data.json'), report=report,
-                stages={stage: s['seconds'] for stage, s in stages.items()})
+                stages={stage: s['seconds'] for stage, s in stages.items()}, folder_bytes=sum(path.stat().st_size for path in run.rglob('*') if path.is_file()))
 
 
 def both(runs, count):

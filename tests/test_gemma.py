@@ -104,6 +104,19 @@ def test_the_loss_on_60_real_rows(gemma, koalpaca, quant, wanted):
     assert abs(loss - wanted) < .02, loss
 
 
+def test_the_recorded_losses_of_the_base_on_held_out_rows_are_those_of_plain_torch(gemma, koalpaca, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    from koalpaca import plain_loss
+    held_out = []
+    for name in ('best', 'blog'):
+        prepare(Recipe.named(name).replace(source=str(koalpaca), valid_rows=1000), tmp_path/name)
+        held_out.append({(row['instruction'], row['input'], row['output']): row for row in read_jsonl(tmp_path/name/'data'/'valid.jsonl')})
+    rows = [row for key, row in held_out[0].items() if key in held_out[1]][:12]
+    recorded = json.loads((ROOT/'benchmarks'/'results'/'koalpaca.json').read_text(encoding='utf-8'))['plain']['base']['plain']['rows'][:12]
+    for found, wanted in zip(plain_loss(gemma, rows, 'alpaca')['rows'], recorded, strict=True):
+        assert found[1:] == tuple(wanted[1:]) and found[0] == pytest.approx(wanted[0], rel=1e-3)
+
+
 def test_every_text_that_ollama_prints_names_one_id_or_none(tok):
     "110 texts of the vocabulary belong to two ids, and U+FFFD to a piece of any letter: where it is not known which is meant, nothing is compared."
     from kofinetune.proof import _pieces, _read_ollama
