@@ -47,8 +47,10 @@ def of_the_benchmarks():
     sizes = [max(gemma['laptop']['run']['peak_memory_bytes'].values()), best['report']['training']['peak_memory_bytes'], best['folder_bytes'],
              *(gemma['disk'][f'{of}_bytes'] for of in ('packages', 'for_gpus', 'base'))]
     seconds = gemma['laptop']['run']['seconds'], sum(best['stages'].values()), best['stages']['adapter']
-    shares = [best['report']['models'][name][key] for name in ('base', 'merged') for key in ('stop_rate', 'repetition')]
-    return ({f'{size / 1e9:.1f}' for size in sizes} | {f'{took / 60:.0f}' for took in seconds} | {f'{share:.0%}' for share in shares} | {'8,000'}
+    asked = result('answers')['questions']
+    ended = [sum(a['stopped'] for row in asked['asked'] for a in row['answers'] if (a['model'], a['sampling']) == (name, asked['sampling']))
+             for name in ('base', 'koalpaca-best')]
+    return ({f'{size / 1e9:.1f}' for size in sizes} | {f'{took / 60:.0f}' for took in seconds} | {str(count) for count in [*ended, len(asked['asked'])]} | {'8,000'}
             | {f'{best["report"]["models"][name]["answer_nll"]:.3f}' for name in ('base', 'merged')})
 
 
