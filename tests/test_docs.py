@@ -74,7 +74,7 @@ def test_the_drawings_are_those_of_the_script_and_stand_in_the_page_in_its_langu
     for name, page in pages.items():
         for drawing in page.xpath('//article//svg[@class="drawing"]'):
             label = drawing.xpath('string(.//*[local-name()="text"][last()])')
-            found = [file for file, text in drawn.items() if f'>{label}<' in text.replace('&lt;', '<')]
+            found = [file for file, text in drawn.items() if f'>{label}<' in text.replace('&lt;', '<').replace('&gt;', '>')]
             shown.setdefault(name.startswith('ko/'), set()).update(file.split('.')[0] for file in found if ('.ko.' in file) == name.startswith('ko/'))
     everything = {name.split('.')[0] for name in drawn}
     assert shown == {False: everything, True: everything}
