@@ -103,7 +103,7 @@ def main():
         result[name] = measure(name, args.runs/f'koalpaca-{name}', args.rows) | dict(machine=machine(), versions={p: version(p) for p in VERSIONED})
         if args.json: write_json(result, args.json)
     runs = {name: args.runs/f'koalpaca-{name}' for name in ('blog', 'best')}
-    if all((run/'eval').is_dir() for run in runs.values()): result |= both(runs, args.plain)   # the last stage of a run
+    if args.only in (None, 'both'): result |= both(runs, args.plain)
     if args.json: write_json(result, args.json)
     print(json.dumps(result, ensure_ascii=False))
 
