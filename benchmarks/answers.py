@@ -4,6 +4,7 @@
 
 sampling   the first run's model answers its evaluated held-out rows in each way of SAMPLINGS: how often it stops by itself, how much it repeats
            itself, how near it comes to the wanted answer (chrF)
+served     every run's model answers the same held-out rows, with the likeliest tokens and as --sampling says
 questions  base and every run answer all of benchmarks/questions.toml, with the likeliest tokens and as --sampling says; the answers are kept whole
 
 A run is one of `kofinetune run` with a bf16 file. Rows of KoAlpaca are not written into the result. The last line printed is the JSON that is written.
@@ -55,19 +56,32 @@ def opened(run):
     return recipe, run/'ollama'/'model-bf16.gguf', stops
 
 
-def sampling(run):
-    "Every way of choosing the next token, on the held-out rows that the run's evaluation has answered."
+def answered(run):
+    "The held-out rows that a run's evaluation has answered."
+    return [row for row in read_jsonl(run/'eval'/'answers.jsonl') if row['tuned'] is not None]
+
+
+def sampling(run, rows, ways):
+    "Ways of choosing the next token, on held-out rows."
     recipe, file, stops = opened(run)
-    rows = [row for row in read_jsonl(run/'eval'/'answers.jsonl') if row['tuned'] is not None]
     nouns = known_nouns([row[key] for key in ('instruction', 'input', 'output') for row in read_jsonl(run/'data'/'train.jsonl')])
     found = {}
     with serve_gguf(file, recipe.num_ctx, slots=SLOTS) as server:
-        for name, options in SAMPLINGS.items():
+        for name in ways:
+            options = SAMPLINGS[name]
             made, seconds = complete(server, [format_prompt(row, recipe.style) for row in rows], stops, recipe.max_new_tokens, options)
             said = _describe_answers(rows, made, nouns)
             found[name] = dict(options=options, rows=len(rows), seconds=seconds) | {key: said[key] for key in SHOWN}
             print(f'{name:38} stops {said["stop_rate"]:.0%}  repeats {said["repetition"]:.1%}  chrF {said["chrf"]:.1f}  {seconds} s', flush=True)
     return found
+
+
+def served(runs, chosen):
+    "Every run's model on the rows that the first run's evaluation has answered and every run held out."
+    def key(row): return row['instruction'], row['input']
+    kept = [{key(row) for row in read_jsonl(run/'data'/'valid.jsonl')} for run in runs]
+    rows = [row for row in answered(runs[0]) if all(key(row) in seen for seen in kept)]
+    return {run.name: sampling(run, rows, ('greedy', chosen)) for run in runs}
 
 
 def questions(runs, chosen):
@@ -93,14 +107,16 @@ def main():
     parser.add_argument('--runs', type=Path, nargs='+', required=True)
     parser.add_argument('--json', type=Path)
     parser.add_argument('--sampling', choices=SAMPLINGS, default='greedy, penalty 1.1')
-    parser.add_argument('--only', choices=['sampling', 'questions'])
+    parser.add_argument('--only', choices=['sampling', 'served', 'questions'])
     args = parser.parse_args()
     report = json.loads(args.json.read_text(encoding='utf-8')) if args.json and args.json.is_file() else {}
     report |= dict(versions={p: version(p) for p in ('kofinetune', 'xllamacpp', 'transformers')}, machine=dict(cores=os.cpu_count(), machine=platform.machine()))
-    if args.only != 'questions': report['sampling'] = sampling(args.runs[0])
-    if args.json: write_json(report, args.json)
-    if args.only != 'sampling': report['questions'] = dict(sampling=args.sampling, asked=questions(args.runs, args.sampling))
-    if args.json: write_json(report, args.json)
+    parts = dict(sampling=lambda: sampling(args.runs[0], answered(args.runs[0]), SAMPLINGS), served=lambda: served(args.runs, args.sampling),
+                 questions=lambda: dict(sampling=args.sampling, asked=questions(args.runs, args.sampling)))
+    for name, measure in parts.items():
+        if args.only not in (None, name): continue
+        report[name] = measure()
+        if args.json: write_json(report, args.json)   # now: the next part takes minutes
     print(json.dumps(report, ensure_ascii=False))
 
 

@@ -166,7 +166,9 @@ def test_the_card_says_what_was_measured(hub, run, tmp_path):
 
 def test_the_code_on_the_card_runs(run, tmp_path):
     "With the run's own folder in the place of the repository."
-    for what, stage in (('merged', 'merged'), ('adapter', 'adapter')):
+    settings = json.loads((run/'recipe.json').read_text(encoding='utf-8'))
+    for what, stage, changes in (('merged', 'merged', {}), ('adapter', 'adapter', dict(temperature=.7, repeat_penalty=1.1))):
+        (run/'recipe.json').write_text(json.dumps(settings | changes), encoding='utf-8')
         code = publishing._card(run, what, REPO).split('```python\n')[1].split('```')[0].replace(REPO, str(run/stage))
         seen = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
         assert seen.returncode == 0 and seen.stdout.strip(), seen.stderr
@@ -180,6 +182,7 @@ def test_a_model_of_gemma_and_koalpaca_carries_both_licences(run, tmp_path):
         assert data['license'] == 'other' and 'gemma' in data['license_name'] and 'cc-by-nc-4.0' in data['license_name']
         assert (data['base_model'], data['base_model_relation']) == ('google/gemma-3-270m', relation)
         assert 'CC BY-NC 4.0' in card and 'Gemma Terms of Use' in card and "google/gemma-3-270m" in card
+        assert 'do_sample=False, repetition_penalty=1.1' in card     # as Ollama is told to
 
 
 def test_a_card_names_no_path_of_this_machine(run, tmp_path):
