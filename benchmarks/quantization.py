@@ -4,9 +4,11 @@
 
 bf16 and q8_0 are the run's own files; Ollama makes q4_K_M of the bf16 one. The loss is that of the file's weights in transformers, in fp32, on the
 first --rows held-out rows; differences are paired with bf16 and have 95 % intervals. `parts` says what q8_0 costs where it reaches one part of the
-model alone. Answers are the likeliest tokens, by llama.cpp. Needs a running Ollama of this machine. The last line printed is the JSON that is written.
+model alone. Answers are the likeliest tokens, by llama.cpp. Speeds are those of one thread, the fastest of three: with more, whatever else runs on
+the machine makes the threads wait for each other. An Ollama that Go alone has compiled uses no vector instructions of the processor, so llama.cpp
+is measured as well. Needs a running Ollama of this machine. The last line printed is the JSON that is written.
 """
-import argparse, json, os, platform, re, shutil, tempfile
+import argparse, json, math, os, platform, re, shutil, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,19 +16,62 @@ import gguf
 import torch
 
 from answers import SLOTS, complete, opened
-from export_ladder import engine_speed, served_file, speed
 from kofinetune.base import load_tokenizer
+from kofinetune.data import load_rows
 from kofinetune.eval import _describe_answers
-from kofinetune.gguffile import load_gguf
+from kofinetune.gguffile import load_gguf, read_gguf
 from kofinetune.korean import known_nouns
 from kofinetune.prompt import format_prompt
 from kofinetune.proof import serve_gguf
 from kofinetune.runs import read_jsonl, write_json
 from kofinetune.scoring import answer_nll
-from kofinetune.server import create_model, server_version
+from kofinetune.server import create_model, read_modelfile, server_version
 from kofinetune.stats import paired_difference, summarize
 
 PARTS = dict(embedding=lambda name: 'embed' in name, attention=lambda name: 'self_attn' in name, feed_forward=lambda name: 'mlp' in name)
+
+MEANT = dict(bf16=('BF16',), q8_0=('Q8_0',), q4_K_M=('Q4_K', 'Q6_K'))   # for matrices
+
+
+def served_file(name):
+    "The GGUF file that Ollama serves under a name."
+    import ollama
+    return Path(read_modelfile(ollama.Client().show(name).modelfile)['from'])
+
+
+def types_in(path, dtype):
+    "How many matrices of a file have which type, and what share of the weights has another type than was asked for."
+    matrices = [t for t in read_gguf(path)[1] if len(t['shape']) > 1]
+    def size(tensors): return sum(math.prod(t['shape']) for t in tensors)
+    types = [t['type'] for t in matrices]
+    return dict(types={kind: types.count(kind) for kind in sorted(set(types))},
+                other_type=size([t for t in matrices if t['type'] not in MEANT[dtype]]) / size(matrices))
+
+
+def ollama_speed(name, words, seed):
+    "Tokens a second of prompt and answer, on Ollama."
+    import ollama
+    client = ollama.Client()
+    client.generate(name, '한 마디.', options=dict(num_predict=1, num_thread=1))   # loaded, not measured
+    said = client.generate(name, f'{seed} {words}', options=dict(num_predict=64, temperature=1, seed=seed, num_thread=1))
+    return dict(prompt=said.prompt_eval_count / said.prompt_eval_duration * 1e9, answer=said.eval_count / said.eval_duration * 1e9)
+
+
+def llama_cpp_speed(path, words, seed):
+    "The same on llama.cpp."
+    with serve_gguf(path, threads=1) as server:
+        said = server.post('/completion', json=dict(prompt=f'{seed} {words}', n_predict=64, ignore_eos=True)).json()['timings']
+    return dict(prompt=said['prompt_per_second'], answer=said['predicted_per_second'])
+
+
+def speeds(files, names, words, repeats=3):
+    "Tokens a second of every file on both servers, measured in turns; the fastest counts."
+    best = {dtype: dict(ollama=dict(prompt=0, answer=0), llama_cpp=dict(prompt=0, answer=0)) for dtype in files}
+    for seed in range(repeats):
+        for dtype, made in best.items():
+            seen = dict(ollama=ollama_speed(names[dtype], words, seed), llama_cpp=llama_cpp_speed(files[dtype], words, seed))
+            for server, rates in seen.items(): made[server] = {part: max(made[server][part], round(rate, 1)) for part, rate in rates.items()}
+    return best
 
 
 def rounded(model, chosen):
@@ -57,12 +102,13 @@ def measure(run, rows_taken, answers, names):
         with serve_gguf(file, recipe.num_ctx, slots=SLOTS) as server:
             made, _ = complete(server, [format_prompt(row, recipe.style) for row in rows[:answers]], stops, recipe.max_new_tokens, dict(temperature=0.))
         said = _describe_answers(rows[:answers], made, nouns)
-        found[name] = dict(bytes=file.stat().st_size, answers=answers) | compared(scores[name], scores['bf16'])
+        found[name] = dict(bytes=file.stat().st_size, answers=answers) | types_in(file, name) | compared(scores[name], scores['bf16'])
         found[name] |= {key: said[key] for key in ('stop_rate', 'repetition', 'chrf')}
         print(name, found[name], flush=True)
     parts = {name: compared(score(rounded(load_gguf(run/'merged', bf16), chosen)), scores['bf16']) for name, chosen in PARTS.items()}
-    words = max((row['instruction'] for row in rows), key=len)
-    return dict(rows=len(rows), files=found, parts=parts, tokens_per_second=dict(ollama=speed(names, words, 3), llama_cpp=engine_speed(files, words, 3)))
+    words = ' '.join(row['instruction'] for row in load_rows('rehearsal')[:12])
+    for name, rates in speeds(files, names, words).items(): found[name]['tokens_per_second'] = rates
+    return dict(rows=len(rows), files=found, parts=parts)
 
 
 def main():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from kofinetune import base
+from kofinetune import base, merge
 from kofinetune.recipe import Recipe
 from kofinetune.runs import read_manifest
 from kofinetune.rehearsal import stand_in_base
@@ -77,6 +77,18 @@ def test_an_apple_gpu_is_used_in_bfloat16_and_without_nf4(monkeypatch, capsys):
     assert asked['device_map'] == {'': torch.device('mps')} and 'quantization_config' not in asked
     assert capsys.readouterr().out == 'base: NF4 is off on an Apple GPU, where it was not tried\n'
     base._auto_dtype.cache_clear()
+
+
+def test_an_adapter_is_merged_one_way_on_an_apple_gpu(monkeypatch, rehearsal_run, tmp_path):
+    "The other way needs NF4, which is off there: in training too. The matrices are multiplied by the CPU here."
+    run = tmp_path/'run'
+    for part in ('data', 'adapter'): shutil.copytree(rehearsal_run/part, run/part)
+    for part in ('recipe.json', 'manifest.json'): shutil.copyfile(rehearsal_run/part, run/part)
+    monkeypatch.setattr(merge, 'pick_device', lambda recipe: (torch.device('mps'), torch.bfloat16))
+    assert Recipe.load(run/'recipe.json').quant == 'nf4'
+    for wanted in ('auto', 'nf4'):
+        made = merge.merge_adapter(Recipe.load(run/'recipe.json').replace(merge=wanted), run, force=True)
+        assert made['merge'] == '16-bit' and list(made['ways']) == ['16-bit'] and made['why'] == 'there is no other way'
 
 
 @pytest.mark.parametrize('has_bf16, dtype, said', [(True, torch.bfloat16, ''), (False, torch.float32, 'base: Tesla T4 has no bfloat16; float32 is used\n')])
