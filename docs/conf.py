@@ -6,7 +6,7 @@ extensions/reference.py   API pages from docstrings and comments, the index of s
 extensions/messages.py    which texts are translated, and the translation of a whole notebook
 extensions/glossary.py    what a word means, at its first use in a lesson
 extensions/pictures.py    drawings and plots in the page's colours and language
-extensions/tables.py      tables for a phone and for a screen reader
+extensions/tables.py      tables for a phone and for a screen reader, their words in the page's language
 extensions/search.py      what the search looks through: the sections of every page
 extensions/pages.py       what stands around a page: switch of language, buttons, notebooks, Markdown copies, llms.txt
 """

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from html import unescape
 from urllib.parse import unquote, urldefrag
 
 import nbformat
@@ -94,9 +95,10 @@ def test_korean_notebooks_have_korean_prose_and_the_same_code(site):
         nbformat.validate(after)
         assert [c for c in before.cells if c.cell_type != 'markdown'] == [c for c in after.cells if c.cell_type != 'markdown']
         english, korean = (' '.join('\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown').replace('\\|', '|').split()) for nb in (before, after))
-        # a short message of an output ("base") also occurs inside sentences: it must stand alone here
+        # a message of an output ("base", "the same") also occurs inside sentences: it must stand alone here
         parts = {part.strip(' #*-\n') for c in before.cells if c.cell_type == 'markdown' for line in c.source.splitlines() for part in line.split('|')}
-        said = {message: text for message, text in catalogue('ko', path.stem).items() if message in english and (' ' in message or message in parts)}
+        printed = unescape(' '.join(''.join(text) for c in before.cells for output in c.get('outputs', []) for text in output.get('data', {}).values() if isinstance(text, (str, list))))
+        said = {message: text for message, text in catalogue('ko', path.stem).items() if message in english and (message in parts or ' ' in message and message not in printed)}
         assert not [text for text in said.values() if ' '.join(text.split()) not in korean], path.name
 
 
@@ -155,7 +157,7 @@ def test_the_search_index_has_every_section_that_is_there(site, pages):
 
 
 def test_long_implementations_are_folded_and_short_ones_are_not(pages):
-    "Their signature and summary are in sight, in Korean where the reference has it; the code is whole inside."
+    "Their signature and summary are in sight, in the page's language; the code is whole inside."
     for name, path in [(folder + f'{path.stem}.html', path) for path in NOTEBOOKS for folder in ('', 'ko/')]:
         exported = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code' and re.match(r'#\| *exports\b', c.source)]
         code = [re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip() for source in exported]
@@ -165,6 +167,8 @@ def test_long_implementations_are_folded_and_short_ones_are_not(pages):
         for fold, source in zip(folds, inside):
             seen = fold.xpath('./div[contains(@class, "highlight")]//pre')
             assert seen and re.sub(r'\W', '', seen[0].text_content())[:20] in re.sub(r'\W', '', re.sub(' *#.*', '', source)), name
+            about = [p.text_content() for p in fold.xpath('./p[not(contains(@class, "shown"))]')]
+            assert not name.startswith('ko/') or all(re.search('[가-힣]', text) for text in about), (name, about)
 
 
 def test_tables_have_one_row_of_headers_and_no_number_longer_than_it_matters(pages):
@@ -173,6 +177,28 @@ def test_tables_have_one_row_of_headers_and_no_number_longer_than_it_matters(pag
             assert len(table.findall('thead/tr')) <= 1, name
             numbers = [cell.text_content().strip() for cell in table.iter('td')]
             assert not [number for number in numbers if re.fullmatch(r'-?\d+\.\d{4,}', number) and abs(float(number)) >= .01], name
+
+
+def test_tables_say_in_korean_what_their_rows_and_columns_are(pages):
+    "What an output calls them in words: the catalogue has it, and the table shows that. Names stay as they are in the code."
+    from extensions.messages import catalogue
+    from extensions.tables import table_words
+    seen = 0
+    for path in NOTEBOOKS:
+        shown = {' '.join(cell.text_content().split()) for cell in pages[f'ko/{path.stem}.html'].xpath('//article//table//th | //article//table//td')}
+        words = [text for cell in nbformat.read(path, as_version=4).cells for output in cell.get('outputs', [])
+                 for text in table_words(output.get('data', {}).get('text/html', ''), cell.source)]
+        assert {catalogue('ko', path.stem)[text] for text in words} <= shown, path.name
+        seen += len(words)
+    assert seen > 200
+
+
+def test_intervals_and_shares_in_tables_are_written_as_the_language_writes_them(pages):
+    for name, page in pages.items():
+        cells = [cell.text_content() for cell in page.iterfind('.//article//table//td')]
+        numbers = [text for text in cells if not re.search('[A-Za-z가-힣]', re.sub(r'\b(to|of)\b| 중 ', '', text))]
+        wrong = r'\d%? (to|of) ' if name.startswith('ko/') else r'\d%?~|\d 중 \d'
+        assert not [text for text in numbers if re.search(wrong, text)], name
 
 
 def test_a_lesson_explains_words_of_the_glossary_in_its_own_language(pages):

@@ -1,6 +1,7 @@
 """Long implementations folded: how a function is called and what it does stay in sight, its code and its parameters open on a click.
 
-The words come from the function itself, and their Korean from the catalogue of its reference, so that nothing is translated twice.
+The words come from the function itself, and their Korean from the catalogue of its reference, so that nothing is translated twice. What no reference
+has, a private function or class, is in the catalogue of the page.
 """
 import ast
 import copy
@@ -36,11 +37,11 @@ def folded(
     defined = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
     seen = [node for node in defined if getattr(node, 'name', '') in shown] or defined
     module = next(name for name, notebook in modules().items() if notebook == page)
-    messages = catalogue(language, f'api/{module}')
+    messages, of_page = catalogue(language, f'api/{module}'), catalogue(language, page)
     parts = []
     for node in seen:
         parts.append(f'```python\n{signature(node)}\n```')
-        if text := summary(node): parts.append(plain(messages.get(text, text)))
+        if text := summary(node): parts.append(plain(messages.get(text) or of_page.get(text, text)))
     name = getattr(seen[0], 'name', None) or seen[0].targets[0].id
     parts.append(f':::{{dropdown}} {_("Show the code")}\n:name: {page}-{name.strip("_")}\n````python\n{source.strip()}\n````\n:::')
     lines = [line for name in shown for line in parameters(module, name, messages)]
@@ -65,8 +66,9 @@ def summary(node):
 
 
 def own_summaries(source, shown):
-    "The summaries that no reference has: private functions'. They are translated with the page."
-    return [text for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name not in shown and (text := summary(node))]
+    "The summaries that no reference has: of private functions and classes. They are translated with the page."
+    defined = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    return [text for node in defined if node.name not in shown and (text := summary(node))]
 
 
 def parameters(module, name, messages):
@@ -77,5 +79,5 @@ def parameters(module, name, messages):
 
 
 def plain(text):
-    "Escape what Markdown would read as more than text, but for back-ticks."
-    return ''.join(part if part.startswith('`') else re.sub(r'([*<\[$])', r'\\\1', part) for part in re.split('(`[^`]*`)', text))
+    "Escape what Markdown would read as more than text, but for back-ticks and for what is escaped."
+    return ''.join(part if part.startswith('`') else re.sub(r'\\?([*<&\[$])', r'\\\1', part) for part in re.split('(`[^`]*`)', text))

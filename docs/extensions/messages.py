@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 from sphinx.transforms import SphinxTransform
 
 CATALOGUES = Path(__file__).parents[1]/'locale'
-NO_WORDS = re.compile(r'(\{\w+\})?`[^`]*`|\]\([^)]*\)|<[^>]*>|\d to |[^A-Za-z]')   # code, links' targets, intervals, all but letters
+NO_WORDS = re.compile(r'(\{\w+\})?`[^`]*`|\]\([^)]*\)|<[^>]*>|\d%? (?:to|of) |[^A-Za-z]')   # code, links' targets, intervals and shares, all but letters
 CELL_BORDER = re.compile(r'(?<!\\)\|')
 parser = MarkdownIt('commonmark').enable('table')
 
@@ -26,8 +26,10 @@ class MarkUntranslated(SphinxTransform):
 
 
 def is_printed(node):
-    "Whether code printed it. What a cell prints that shows no code counts as prose."
+    "Whether code printed it. What a cell prints that shows no code counts as prose, and so do the words in its tables."
+    words = ' ' in node.astext()
     while node := node.parent:
+        if words and isinstance(node, nodes.entry): return False
         if isinstance(node, nodes.container) and 'cell' in node['classes']: return 'tag_remove-input' not in node['classes']
     return False
 

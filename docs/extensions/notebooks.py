@@ -14,6 +14,7 @@ from .folds import folded, is_long, own_summaries
 from .messages import catalogue
 from .pictures import labels
 from .reference import modules
+from .tables import table_words, translated
 
 # What nbdev does for its own site, less what belongs to Quarto alone; show_doc is answered by reference.py.
 PROCESSORS = (processors.FrontmatterProc, processors.populate_language, processors.add_show_docs, processors.strip_ansi,
@@ -45,7 +46,7 @@ def read_notebook(app, docname, source):
             continue
         cells.append(convert(cell, heading, catalogue(app.config.language, docname)))
         if shown: cells.append(markdown(f'```{{shown}} {" ".join(shown)}\n```'))
-    if extracts: cells += [markdown(text) for cell in notebook.cells for text in (described(cell), *plot_labels(cell)) if text]
+    if extracts: cells += [markdown(text) for cell in notebook.cells for text in (described(cell), *output_words(cell)) if text]
     if docname == 'index': cells.append(markdown(contents(path.parent)))
     for number, cell in enumerate(cells): cell['id'] = f'cell-{number}'
     source[0] = json.dumps(dict(cells=cells, metadata=json.loads(source[0])['metadata'], nbformat=4, nbformat_minor=5))
@@ -96,7 +97,12 @@ def bare(cell): return re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('
 def described(cell): return options(cell).get('fig-alt:') or options(cell).get('fig-cap:')
 
 
-def plot_labels(cell): return [label for output in cell.get('outputs', []) for label in labels(''.join(output.get('data', {}).get('image/svg+xml', '')))]
+def output_words(cell):
+    "What is translated of a cell's outputs: the labels of its plots and the words of its tables."
+    shown = [output.get('data', {}) for output in cell.get('outputs', [])]
+    words = [text.replace('|', '\\|') for data in shown for text in table_words(''.join(data.get('text/html', '')), bare(cell))]
+    found = [text for data in shown for text in labels(''.join(data.get('image/svg+xml', '')))] + [f'| {text} |\n|---|' for text in words]
+    return list(dict.fromkeys(found))
 
 
 def code(cell, alt, messages):
@@ -106,6 +112,7 @@ def code(cell, alt, messages):
     alt = messages.get(alt, alt).replace('`', '')   # MyST-NB makes pictures too late for Sphinx to translate their texts
     for output in cell.get('outputs', []):
         if printed := output.get('data', {}).get('text/markdown'): output['data']['text/markdown'] = FILE_LINK.sub(r'\1', ''.join(printed))
+        if printed := output.get('data', {}).get('text/html'): output['data']['text/html'] = translated(''.join(printed), source, messages)
     return dict(cell_type='code', execution_count=cell.get('execution_count'), outputs=cell.get('outputs', []),
                 metadata=dict(tags=tags, mystnb=dict(image=dict(alt=alt))),
                 source=source)

@@ -1,7 +1,9 @@
 """Tables as they are read: one row of headers, numbers of a sensible length, and cells that say what they are where rows are stacked.
 
-static/site.js stacks the rows of a table that does not fit.
+static/site.js stacks the rows of a table that does not fit. The words of an output's table are translated: what a row or a column is, not what
+it is called in the code, and a cell that is a phrase, or whose text is written in the code above.
 """
+import ast
 import copy
 import re
 
@@ -12,6 +14,44 @@ TABLE = re.compile('<table.*?</table>', re.S)
 LONG_NUMBER = re.compile(r'-?\d+\.\d{4,}')
 LONG_TABLE, FIRST = 16, 6   # rows of an output; of more than that the first ones are shown, and the others on a click
 NUMBERS = re.compile(r'[\s\d.,:%±+–\[\]()eE-]*(\bto\b[\s\d.,%-]*)?')   # a number or an interval: never broken
+PHRASE = re.compile(r'(?!\S+ - \S+( |$))(?=.*[A-Za-z]{2}).* .*')   # not the difference of two runs, by their names
+WORD = re.compile('[A-Za-z]{2,}(/s)?')   # all others are names: lora_r, config.json, gguf-bf16
+PAIR = re.compile(r'([-+]?[\d.,]+%?) (to|of) ([-+]?[\d.,]+%?)')   # 1.2 to 3.4, 5 of 6
+
+
+def in_words(
+    table,          # of an output
+    source: str,    # the cell's code
+) -> list:          # its cells
+    "Find the cells that a reader of another language needs translated."
+    found = []
+    for names in (table.select('thead th'), table.select('tbody th')):
+        if any(PHRASE.fullmatch(text_of(cell)) for cell in names):   # then the single words beside it are no names either
+            found += [cell for cell in names if PHRASE.fullmatch(text_of(cell)) or WORD.fullmatch(text_of(cell))]
+    try: written = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    except SyntaxError: written = []   # a line for the shell
+    return found + [cell for cell in table.find_all('td') if re.fullmatch('[a-z]+( [a-z]+)+', text := text_of(cell)) or re.match(r'[a-z]+,? \w', text)
+                    and any(one == text or text.endswith('...') and one.startswith(text[:-3]) for one in written)]   # pandas cuts long ones
+
+
+def said(pair):
+    "An interval or a share, as the language says it."
+    return (_('%(first)s to %(second)s') if pair[2] == 'to' else _('%(first)s of %(second)s')) % dict(first=pair[1], second=pair[3])
+
+
+def text_of(cell): return cell.get_text(' ', strip=True)
+
+
+def table_words(html, source): return [text_of(cell) for table in BeautifulSoup(html, 'html.parser').select('table.dataframe') for cell in in_words(table, source)]
+
+
+def translated(html, source, messages):
+    "The tables of an output with the words of a language, where it has a catalogue."
+    if not messages or 'dataframe' not in html: return html
+    whole = BeautifulSoup(html, 'html.parser')
+    for table in whole.select('table.dataframe'):
+        for cell in in_words(table, source): cell.string = messages.get(text_of(cell), text_of(cell))
+    return str(whole)
 
 
 def finish_tables(app, pagename, templatename, context, doctree):
@@ -36,6 +76,8 @@ def finish(html):
             if place < len(labels) and not cell.find_parent('thead'): cell['data-label'] = labels[place]
             text = cell.get_text().strip()
             if LONG_NUMBER.fullmatch(text): cell.string = rounded(float(text))
+            if not re.search('[A-Za-z]', PAIR.sub('', text)):
+                for pair in cell.find_all(string=PAIR): pair.replace_with(PAIR.sub(said, pair))
             kind = 'blank' if not text else 'numbers' if NUMBERS.fullmatch(text) else None
             if kind: cell['class'] = [*cell.get('class', ()), kind]
     for name in table.find_all('th'): break_at_underscores(name)
