@@ -89,7 +89,7 @@ def _in_chat(row, tok):
     made = tok(text[:spans[-1][1]], add_special_tokens=False,
                return_offsets_mapping=True)
     in_loss = [any(a <= start and stop <= b for a, b in spans)
-              for start, stop in made['offset_mapping']]
+               for start, stop in made['offset_mapping']]
     return made['input_ids'], in_loss
 
 # %% ../nbs/chat.ipynb #a709eae0
