@@ -181,7 +181,7 @@ def kill_between(bench, command, chance, force=False):
 
 def signalled(bench, command, chance, number):
     job, moment = bench.disturb(command, chance, lambda job: os.kill(job.pid, number))
-    said = f'stopped by {number.name}; go on with: kofinetune {command}'
+    said = f'stopped by {number.name}; continue with: kofinetune {command}'
     yield job, job.one_line(said) if job.code != -number else [], moment    # or it was not ready yet
 
 

@@ -1,4 +1,4 @@
-"""Compare two finished runs: which one is better, is that sure, and where do they answer differently?
+"""Compare two finished runs: which one is better, how sure is that, and where do their answers differ?
 
     python examples/compare_two_runs.py runs/blog runs/best
 

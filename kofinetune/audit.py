@@ -223,7 +223,7 @@ def astray_batches(
     for first in sorted(range(len(gaps)), key=lambda i: (-strayed[i], -gaps[i].sum())):
         batch = range(first, first + _BATCH)
         if chances[first] >= .05: break
-        together = asked[batch].sum(0)   # rows of one template rightly answer alike
+        together = asked[batch].sum(0)   # rows of one template should answer alike
         mould = (together @ together - _BATCH) / (_BATCH**2 - _BATCH) > .2
         if not mould and taken.isdisjoint(batch):
             taken.update(batch)

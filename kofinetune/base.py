@@ -76,7 +76,7 @@ def _unpacked(base):
 
 # %% ../nbs/base.ipynb #10025925
 def _unpacked_note(folder):
-    "Say that the weights are those of a quantized file; '' if they are not."
+    "Say so if the weights come from a quantized file; '' otherwise."
     about = json.loads((folder/'gguf.json').read_text(encoding='utf-8'))
     small = [kind for kind in about['types'] if kind not in ('F32', 'F16', 'BF16')]
     if not small: return ''
@@ -188,7 +188,7 @@ def load_base(
     (device, picked), quant = pick_device(recipe), quant or recipe.quant
     options = dict(dtype=dtype or picked, device_map={'': device}, use_safetensors=True)
     if quant == 'nf4' and device.type == 'mps':
-        print('base: NF4 is off on an Apple GPU, where it was not tried')
+        print('base: NF4 is off on an Apple GPU, where it was not tested')
     elif quant == 'nf4':
         options['quantization_config'] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type='nf4',
@@ -249,7 +249,7 @@ def _from_hub(auto_class, recipe, path=None, **options):
         raise kind(f'base {recipe.base!r} could not be loaded: '
                    f'{" ".join(str(e).split())[:200]}; {advice}') from None
 
-_FOLDER = ('it needs config.json, whole *.safetensors that fit it, and a tokenizer; '
+_FOLDER = ('it needs config.json, complete *.safetensors that fit it, and a tokenizer; '
            'its own code is never run')
 _HUB = ('if the network failed, run the same command again; if gated, accept its '
         'licence at https://huggingface.co/{} and run: hf auth login; or set '

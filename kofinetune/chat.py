@@ -28,7 +28,7 @@ _MARK = '\ue000\ue001'   # characters that no text has
 def with_turns(
     tok,   # a base's tokenizer
 ):         # the same, or a copy that has Gemma's chat template
-    "Give a tokenizer Gemma's turns, if it has none of its own."
+    "Give a tokenizer Gemma's turns, if it has no chat template."
     if tok.chat_template: return tok
     turn_end, tok = tok.convert_tokens_to_ids('<end_of_turn>'), copy.copy(tok)
     known = turn_end not in (None, tok.unk_token_id)   # else: a letter at a time
@@ -44,7 +44,7 @@ def _around(said, tok):
         text = with_turns(tok).apply_chat_template(
             marked, tokenize=False, enable_thinking=False, date_string='26 Jul 2024')
     except TemplateError as e:
-        raise ValueError(f"the base's chat template refuses a conversation: {e}; leave "
+        raise ValueError(f"the base's chat template rejects a conversation: {e}; leave "
                          'that out, or set style=alpaca') from None
     parts = text.split(_MARK)
     if len(parts) != 1 + sum(one['role'] == 'assistant' for one in said):
@@ -88,9 +88,9 @@ def _in_chat(row, tok):
         text += answer + space + end + rest
     made = tok(text[:spans[-1][1]], add_special_tokens=False,
                return_offsets_mapping=True)
-    graded = [any(a <= start and stop <= b for a, b in spans)
-              for start, stop in made['offset_mapping']]
-    return made['input_ids'], graded
+    in_loss = [any(a <= start and stop <= b for a, b in spans)
+               for start, stop in made['offset_mapping']]
+    return made['input_ids'], in_loss
 
 # %% ../nbs/chat.ipynb #a709eae0
 def tokenize(
@@ -100,7 +100,7 @@ def tokenize(
     loss: str = 'answer',   # 'answer': answers and terminators; 'whole': all
 ) -> tuple:                 # (ids, labels, where the last answer begins)
     "Tokenize a row; a token that is not in the loss has the label -100."
-    if (style := _settled(style, tok)) == 'chat': ids, graded = _in_chat(row, tok)
+    if (style := _settled(style, tok)) == 'chat': ids, in_loss = _in_chat(row, tok)
     else:
         prompt, end = format_prompt(row, style), [tok.eos_token_id]
         answer = format_answer(dict(output='') | row, style)
@@ -109,9 +109,9 @@ def tokenize(
             return ids, list(ids), 0
         first = tok(prompt)['input_ids']
         ids = first + tok(answer, add_special_tokens=False)['input_ids'] + end
-        graded = [place >= len(first) for place in range(len(ids))]
-    labels = [i if own or loss == 'whole' else -100 for i, own in zip(ids, graded)]
-    return ids, labels, len(ids) - graded[::-1].index(False)
+        in_loss = [place >= len(first) for place in range(len(ids))]
+    labels = [i if own or loss == 'whole' else -100 for i, own in zip(ids, in_loss)]
+    return ids, labels, len(ids) - in_loss[::-1].index(False)
 
 # %% ../nbs/chat.ipynb #b9a414e7
 def _own_style(recipe):
@@ -148,8 +148,8 @@ def pick_style(
     if not why: pass   # said when it was trained
     elif style != recipe.style: _say(f'style: {style}, as base {recipe.base} {why}')
     elif own == 'chat' != style:
-        _say(f'style: {style}, though base {recipe.base} {why}; its own turns suit it '
-             'better: --set style=chat')
+        _say(f'style: {style}, although base {recipe.base} {why}; it works better '
+             'in its own turns: --set style=chat')
     if exported and style == 'chat': _check_turns(recipe)
     return recipe.replace(style=style)
 
@@ -160,15 +160,15 @@ def _check_turns(recipe):
             for role in ('system', 'user', 'assistant', 'user', 'assistant')]
     seen = _MARK.join(_around(said, load_tokenizer(recipe))[:-1])
     if seen != '<bos>' + format_prompt(dict(messages=said), 'chat'):
-        raise ValueError(f"base {recipe.base!r} has a chat template, not Gemma's, and "
-                         'only that is exported; set style=alpaca or gguf=none')
+        raise ValueError(f"the chat template of base {recipe.base!r} is not Gemma's, "
+                         'so it cannot be exported; set style=alpaca or gguf=none')
 
 # %% ../nbs/chat.ipynb #0789cdef
 def write_turns(
     recipe: Recipe,  # its style is settled
     folder: Path,    # a merged model with its tokenizer
 ) -> list[str]:      # files that were added
-    "Write into a model of style chat what its turns are, and where they end."
+    "Record in a model of style chat what its turns are, and where they end."
     if recipe.style != 'chat': return []
     folder, tok = Path(folder), load_tokenizer(recipe)
     file = folder/'generation_config.json'

@@ -76,7 +76,7 @@ def _checkpoint_fault(checkpoint):
     state = _read(checkpoint/'trainer_state.json')
     best = f'checkpoint-{state["best_global_step"] or state["global_step"]}'
     if best != checkpoint.name and _checkpoint_fault(checkpoint.with_name(best)):
-        return f'is damaged: {best}, the best so far, is not whole'
+        return f'is damaged: {best}, the best so far, is incomplete'
     if state['global_step'] == state['max_steps'] and state['epoch'] % 1:
         return 'ends within an epoch'   # where the trainer would take one step more
     return ''
@@ -97,7 +97,7 @@ def open_checkpoints(
         if not (fault := _checkpoint_fault(path)):
             print(f'adapter: resuming from {path.name}')
             return path
-        print(f'adapter: {path.name} {fault}; left out')
+        print(f'adapter: {path.name} {fault}; skipped')
         shutil.rmtree(path)
 
 # %% ../nbs/checkpoints.ipynb #22dd500e

@@ -58,8 +58,8 @@ _RECIPE = typer.Option(
 _RUN = typer.Option(None, '--run', metavar='DIR',
                     help='The run folder. Default: runs/<name of the recipe>.')
 _SET = typer.Option([], '--set', metavar='KEY=VALUE',
-                    help='Change one field of the recipe; may be repeated.')
-_FORCE = typer.Option(False, '--force', help='Redo what is already finished.')
+                    help='Change one field of the recipe. Can be repeated.')
+_FORCE = typer.Option(False, '--force', help='Run finished stages again.')
 _FINISHED = typer.Argument(..., metavar='RUN', help='The folder of a finished run.')
 
 # %% ../nbs/cli.ipynb #2c3c0f34
@@ -153,7 +153,7 @@ def _show(run):
 def _show_what(
         run: Path = typer.Argument(None, metavar='RUN', help='The folder of a run.'),
         cache: bool = typer.Option(False, '--cache', help='Show the cache instead.'),
-        clear: bool = typer.Option(False, '--clear', help='With --cache: remove it.')):
+        clear: bool = typer.Option(False, '--clear', help='With --cache: empty it.')):
     "Show what a run or the cache holds. Exit code 1: a file is missing or damaged."
     if clear > cache or cache == bool(run):
         raise ValueError('show takes a RUN or --cache, and --clear only with --cache: '
@@ -178,18 +178,18 @@ def _estimate(recipe: str = _RECIPE, run: Path = _RUN, settings: list[str] = _SE
 
 @_app.command('ask')
 def _ask(run: Path = _FINISHED,
-         question: str = typer.Argument('', help='Without one: a conversation.'),
+         question: str = typer.Argument('', help='Leave it out for a conversation.'),
          given: str = typer.Option('', '--input', help='The input of the question.'),
-         model: str = typer.Option('', help='tuned (a conversation), base or both.')):
-    "Ask base and tuned one question, or start a conversation."
+         model: str = typer.Option('', help='tuned (conversation), base or both.')):
+    "Ask the base and tuned models one question, or start a conversation."
     from kofinetune.talk import chat
     chat(run, model or ('both' if question else 'tuned'), question, given)
 
 # %% ../nbs/cli.ipynb #56e77e55
 @_app.command('verify')
 def _verify(run: Path = _FINISHED, everything: bool = typer.Option(
-        False, '--all', help='The files on llama.cpp too, and every packaged row.')):
-    "Verify again what Ollama serves, or else the files. Exit code 1 on a failure."
+        False, '--all', help='Also verify files on llama.cpp, and all packaged rows.')):
+    "Verify what Ollama serves, or the files without it. Exit code 1: a proof failed."
     from kofinetune.export import verify_run
     need(run, 'ollama', whole=False)
     with quiet(run, 'ollama'):
@@ -205,7 +205,7 @@ def _verify(run: Path = _FINISHED, everything: bool = typer.Option(
 def _compare(
         runs: list[Path] = typer.Argument(
             ..., metavar='RUN RUN...',
-            help='Finished run folders; the others are compared with the first.'),
+            help='Finished run folders; each is compared with the first.'),
         out: Path = typer.Option(
             None, '--out', metavar='DIR',
             help='Write compare.md, compare.json and compare.png there.')):
@@ -227,7 +227,7 @@ def _push(
             False, '--public', help='Make it public. Default: private.'),
         accept: bool = typer.Option(
             False, '--accept-noncommercial',
-            help='Confirm that you know the terms of data and base.')):
+            help='Confirm that you know the terms of the data and the base.')):
     "Send a run's model to the Hub, with a card and both licences."
     from kofinetune.hub import push_run
     if not accept:
@@ -246,7 +246,7 @@ def _say(text, begin=''):
 def _stop(number, frame):
     "End at once on a signal: a library could lose an exception."
     if rank() == 0:   # below the progress bar
-        _say(f'stopped by {signal.Signals(number).name}; go on with: '
+        _say(f'stopped by {signal.Signals(number).name}; continue with: '
              f'kofinetune {shlex.join(sys.argv[1:])}', begin='\n')
     os._exit(1)
 

@@ -62,8 +62,8 @@ def _source_path(source):
     path = Path(str(packaged) if source in ('rehearsal', 'dialogs') else source)
     if not path.exists() and '@' not in source:
         raise FileNotFoundError(
-            f'{path} is not a file or folder; source is one, {", ".join(_SOURCES)}, '
-            'rehearsal, dialogs, or a data set of the Hub: --set source=OWNER/NAME'
+            f'{path} is not a file or folder; use one, or {", ".join(_SOURCES)}, '
+            'rehearsal, dialogs, or a data set on the Hub: --set source=OWNER/NAME'
             '@COMMIT, a commit of https://huggingface.co/datasets/OWNER/NAME/commits')
     return path
 
@@ -71,7 +71,7 @@ def load_rows(
     source: str,   # koalpaca-v1.0, koalpaca-v1.1a, rehearsal, dialogs, or a file
     **options,     # for `read_rows`
 ) -> list[dict]:   # checked rows in their own order
-    "Load the rows of a known `source`, or of your own."
+    "Load the rows of a known `source`, or your own rows."
     return read_rows(_source_path(source), **options)
 
 # %% ../nbs/00_data.ipynb #de8dd441
@@ -82,7 +82,7 @@ def _whole(row):
 
 def clean_rows(
     rows: list[dict],            # checked rows
-    drop: tuple[str, ...] = (),  # flags of `audit` whose rows go
+    drop: tuple[str, ...] = (),  # flags of `audit` to drop rows by
 ) -> tuple[list[dict], dict]:    # kept rows; {'flags': ..., 'dropped': [row numbers]}
     "Drop the rows that carry a flag named in `drop`, and say which."
     flags = audit([_whole(row) for row in rows])

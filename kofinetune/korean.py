@@ -31,7 +31,7 @@ _DIGIT_TAILS = (21, 8, 0, 16, 0, 0, 1, 8, 8, 0)  # of 영 일 이 삼 사 오 �
 
 # %% ../nbs/korean.ipynb #c293bf95
 def _tail(word):
-    "Get the number of the 받침 that `word` ends in, read aloud: 0 is none, 8 is ㄹ."
+    "Get the number of the 받침 that `word` ends in, read aloud: 0 without one, 8 for ㄹ."
     last = word[-1]
     if last.isdigit(): return _DIGIT_TAILS[int(last)]
     return (ord(last) - ord('가')) % 28

@@ -31,7 +31,7 @@ def stage_together(
     recipe: Recipe,       # what was asked
     run: Path,            # the run folder
     make,                 # as for `stage`; every process calls it, but only one writes
-    force: bool = False,  # make it again, whatever is there
+    force: bool = False,  # make it again, even if it is there
 ) -> dict:                # the same in every process
     "Make the stage adapter in all processes of a launcher, as `stage` does in one."
     if world_size() == 1: return stage(recipe, run, 'adapter', make, force)

@@ -46,7 +46,7 @@ def serve_gguf(
 def difficult_rows(
     style: str = 'alpaca',  # as trained; 'chat': conversations too
 ) -> list[dict]:            # rows without an answer
-    "Make rows whose text is easily damaged between a prompt and its tokens."
+    "Make rows whose text is easily corrupted between a prompt and its tokens."
     path = files('kofinetune')/'assets'/'difficult.json'
     texts = json.loads(path.read_text(encoding='utf-8'))
     alone = [dict(instruction=text, input='') for text in texts]
@@ -151,7 +151,7 @@ def _next_logp(model, ids, places=1):
     return model(ids, logits_to_keep=places).logits[0].log_softmax(-1).numpy(force=True)
 
 def _margin(logp, answer, ends):
-    "Find by how many nats transformers prefers another token where answers part."
+    "Find by how many nats transformers prefers its own token where answers differ."
     for row, token in zip(logp, answer):
         margin = row.max() - row[ends if token in ends else [token]].max()
         if margin > 0: return float(margin)
@@ -180,7 +180,7 @@ def _counted(seen, gaps, moved, margins, dtype):
 
 # %% ../nbs/proof.ipynb #59cb2d68
 def _failures(proof, dtype):
-    "Write one sentence for each thing that a proof found wrong."
+    "Write one sentence for each difference that a proof found."
     numbers, greedy, found = proof['logprobs'], proof['greedy'], []
     for part, what in dict(text='are rendered differently',
                            tokens='have other tokens').items():

@@ -41,7 +41,7 @@ class Recipe:
     # data
     fields: dict = field(default_factory=dict)   # a field's name -> what it means
     skip_bad_rows: bool = False  # leave out rows that cannot be used, and count them
-    drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags whose rows go
+    drop: tuple[str, ...] = ('empty_answer', 'exact_duplicate')  # flags to drop rows by
     normalize: bool = True       # compose Hangul to NFC, strip the space around a text
     seed: int = 42               # decides the split, the row order, the first weights
     # train

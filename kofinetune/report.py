@@ -78,7 +78,7 @@ _COSTS = ('num_tokens', 'steps', 'train_runtime', 'tokens_per_second',
           'peak_memory_bytes', 'trainable_parameters', 'device')
 
 def _measure(read, rows):
-    "Measure every run on the same rows, and the others' changes from the first."
+    "Measure every run on the same rows, and its difference from the first run."
     base, tuned = ({name: [r['scores'][row][model] for row in rows]
                     for name, r in read.items()} for model in ('base', 'tuned'))
     parts = dict.fromkeys(('answer_nll', 'token_accuracy', 'bits_per_byte'), tuned)
@@ -94,7 +94,7 @@ def _measure(read, rows):
 
 # %% ../nbs/report.ipynb #71b3f452
 def compare_runs(
-    runs: list[Path],         # finished runs; the others are compared with the first
+    runs: list[Path],         # finished runs; each is compared with the first
     out: Path | None = None,  # a folder for compare.json, compare.md and compare.png
 ) -> dict:                    # rows, notes, runs, differences, recipe, table (of text)
     "Put runs side by side: measures on the same rows, costs, the fields that differ."

@@ -225,7 +225,7 @@ def stage(
     run: Path,             # the run folder
     name: str,             # a key of STAGES, and the folder's name
     make,                  # called with a folder to fill; returns what json can write
-    force: bool = False,   # make it again, whatever is there
+    force: bool = False,   # make it again, even if it is there
     source: str = '',      # identity of what comes from outside the run
 ) -> dict:                 # what `make` returned, now or when the stage was made
     "Make the stage `name` of `run` once; ValueError if another recipe made it."
@@ -250,7 +250,7 @@ def _make(recipe, run, name, make, inputs):
     "Make a stage in a temporary folder, put it in place, and record it."
     temporary, start = run/f'.{name}.partial', time.monotonic()
     manifest = read_manifest(run)
-    note(run, f'{name}: begun, process {os.getpid()}')
+    note(run, f'{name}: started, process {os.getpid()}')
     try:
         temporary.mkdir()
         with quiet(run, name): result = make(temporary)

@@ -37,7 +37,7 @@ def score_tokens(
             spread = shrink * spread + torch.linalg.vecdot(p, logits)
             if learn: expected.mul_(shrink[:, None]).add_(p.to(part.dtype) @ part)
     logp, lead = wanted - top - total.log(), wanted - other
-    if learn:   # adds zero, and the gradient: the right row less the mean one
+    if learn:   # adds zero, and the gradient: the right row minus the mean
         gradient = weight[targets] - (expected / total[:, None]).to(weight.dtype)
         logp = logp + (gradient * (hidden - hidden.detach())).float().sum(1)
     return logp, top + total.log() - spread / total, lead >= 0, lead

@@ -68,7 +68,7 @@ def _ask_transformers(model, tok, recipe, row, write):
 
 # %% ../nbs/talk.ipynb #63f2839e
 def _on_ollama(run):
-    "Name the run's model on Ollama; '' where no server has this very file."
+    "Name the run's model on Ollama; '' if no server has exactly this file."
     if not server_version(): return ''
     made = read_manifest(run)['stages']['ollama']
     name, sha256 = made['result']['name'], made['files'][made['result']['served_file']]
@@ -206,7 +206,7 @@ def chat(
             where, engines[name] = stack.enter_context(_open(run, recipe, name))
             print(f'{name}: {where}')
         if recipe.style in ('alpaca', 'blog'):
-            print(f'Style {recipe.style} knows single questions: each is asked alone.')
+            print(f'Style {recipe.style} asks each question without the earlier ones.')
         if _has_widgets(): return _show_box(engines, stack.pop_all())
         print('An empty line, Ctrl-D or /bye ends; /clear starts over.')
         _talk(engines)

@@ -258,5 +258,5 @@ def load_tuned(
     if recipe.dequantize and recipe.quant == 'nf4': model = model.dequantize()
     if not (folder/'adapter_model.safetensors').is_file():   # peft would take a pickle
         raise FileNotFoundError(f'{folder}/adapter_model.safetensors is missing; '
-                                'a pickle in its place is not read')
+                                'a pickle file is not read instead')
     return PeftModel.from_pretrained(model, folder), tok

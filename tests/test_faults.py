@@ -190,7 +190,7 @@ def test_without_nohup_a_closed_terminal_stops_it_and_its_line_says_how_to_go_on
     train.send_signal(signal.SIGHUP)
     said = [line for line in train.communicate(timeout=60)[1].splitlines() if line.startswith('kofinetune: ')]
     assert train.returncode == 1 and len(said) == 1
-    assert said[0].startswith('kofinetune: stopped by SIGHUP; go on with: kofinetune train --run r ')
+    assert said[0].startswith('kofinetune: stopped by SIGHUP; continue with: kofinetune train --run r ')
     again = kofinetune('train', '--run', 'r', *LONG, '--set=epochs=1', '--force', cwd=tmp_path)
     assert again.returncode == 0 and not list(tmp_path.glob('r/.*.partial'))
 
@@ -202,7 +202,7 @@ def test_a_signal_that_is_lost_in_a_library_is_still_said(app):
     code = f'import os, sys, time\nfrom kofinetune import cli\n{app}\ncli._app = app; cli.main()'
     done = subprocess.run([sys.executable, '-c', code, 'train', '--run', 'my run'], capture_output=True, text=True, env=ENV)
     assert (done.returncode, done.stdout) == (1, '')
-    assert done.stderr == "\nkofinetune: stopped by SIGTERM; go on with: kofinetune train --run 'my run'\n"
+    assert done.stderr == "\nkofinetune: stopped by SIGTERM; continue with: kofinetune train --run 'my run'\n"
 
 
 # A server that fails, by the table of benchmarks/faults.py, which breaks a real one

@@ -130,7 +130,7 @@ def test_a_half_written_checkpoint_is_left_out(train, again):
     (end/'sealed.json').unlink()
     (end/'optimizer.pt').unlink()
     code, lines = train(SMALL, again, kill_when=lambda: 'resuming from' in train.out.read_text())
-    assert f'adapter: {end.name} is half-written; left out' in lines and code == -signal.SIGKILL
+    assert f'adapter: {end.name} is half-written; skipped' in lines and code == -signal.SIGKILL
     assert f'adapter: resuming from checkpoint-{int(end.name.split("-")[1]) - 3}' in lines
 
 
@@ -153,7 +153,7 @@ def test_where_no_checkpoint_can_be_read_the_training_says_so_and_begins_again(t
         path.write_bytes(path.read_bytes()[:-1])
     code, lines = train(SMALL, again)
     assert code == 0 and not any('resuming from' in line for line in lines) and same(whole, again)
-    assert sum(line.endswith('left out') for line in lines) == len(before)
+    assert sum(line.endswith('skipped') for line in lines) == len(before)
 
 
 def test_a_checkpoint_of_another_recipe_or_of_other_rows_is_refused(train, again):

@@ -75,7 +75,7 @@ def test_an_apple_gpu_is_used_in_bfloat16_and_without_nf4(monkeypatch, capsys):
     monkeypatch.setattr(base, 'load_tokenizer', lambda recipe: None)
     with pytest.raises(RuntimeError, match='no such GPU'): base.load_base(Recipe(quant='nf4'))
     assert asked['device_map'] == {'': torch.device('mps')} and 'quantization_config' not in asked
-    assert capsys.readouterr().out == 'base: NF4 is off on an Apple GPU, where it was not tried\n'
+    assert capsys.readouterr().out == 'base: NF4 is off on an Apple GPU, where it was not tested\n'
     base._auto_dtype.cache_clear()
 
 
