@@ -81,16 +81,25 @@ def test_the_closing_questions_are_among_those_that_were_answered(rehearsal_run,
     assert all(row['wanted'].split()[0] in seen for row in shown) and 'Ask it:' in seen
 
 
-def test_help_takes_less_than_half_a_second(tmp_path):
+def test_help_takes_less_than_three_tenths_of_a_second(tmp_path):
     def seconds(command):     # of the processor: other tests run at the same time
         def spent(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
         start = spent()
         assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
         return spent() - start
     seconds([*COMMAND, '--help'])     # compiles the bytecode
-    assert min(seconds([*COMMAND, '--help']) for _ in range(5)) < 0.5
+    assert min(seconds([*COMMAND, '--help']) for _ in range(5)) < 0.3
 
 
 def test_help_documents_every_command(tmp_path):
     text = kofinetune('--help', cwd=tmp_path).stdout
     for command in ('run', 'data', 'train', 'merge', 'export', 'eval', 'show', 'estimate', 'verify', 'ask', 'push'): assert command in text
+
+
+def test_run_says_what_it_does_before_it_loads_torch(tmp_path):
+    code = 'import sys; from kofinetune.cli import main; sys.modules["torch"] = None; main()'     # to import it fails
+    seen = subprocess.run([sys.executable, '-c', code, 'run', '--set', 'rows=9'], cwd=tmp_path, capture_output=True, text=True)
+    assert seen.stdout == 'recipe laptop, run folder runs/laptop\n' and 'torch' in seen.stderr
+
+
+def test_no_line_of_the_help_is_cut(tmp_path): assert '...\n' not in kofinetune('--help', cwd=tmp_path, COLUMNS='80').stdout.replace('[ARGS]...', '')
