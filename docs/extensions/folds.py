@@ -36,7 +36,7 @@ def folded(
     defined = [node for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
     seen = [node for node in defined if getattr(node, 'name', '') in shown] or defined
     module = next(name for name, notebook in modules().items() if notebook == page)
-    messages = catalogue(language, f'api/{module}')
+    messages = catalogue(language, page) | catalogue(language, f'api/{module}')
     parts = []
     for node in seen:
         parts.append(f'```python\n{signature(node)}\n```')
@@ -65,8 +65,9 @@ def summary(node):
 
 
 def own_summaries(source, shown):
-    "The summaries that no reference has: private functions'. They are translated with the page."
-    return [text for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name not in shown and (text := summary(node))]
+    "The summaries that no reference has: those of private functions and classes. They are translated with the page."
+    return [text for node in ast.parse(source).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in shown and (text := summary(node))]
 
 
 def parameters(module, name, messages):
@@ -78,4 +79,4 @@ def parameters(module, name, messages):
 
 def plain(text):
     "Escape what Markdown would read as more than text, but for back-ticks."
-    return ''.join(part if part.startswith('`') else re.sub(r'([*<\[$])', r'\\\1', part) for part in re.split('(`[^`]*`)', text))
+    return ''.join(part if part.startswith('`') else re.sub(r'([*<&\[$])', r'\\\1', part) for part in re.split('(`[^`]*`)', text))
