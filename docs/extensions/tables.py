@@ -10,7 +10,7 @@ from sphinx.locale import _
 
 TABLE = re.compile('<table.*?</table>', re.S)
 LONG_NUMBER = re.compile(r'(?<![\d.,])-?\d+\.(?:\d{4,}|(?<=\d{3}\.)\d{3})(?:e[+-]?\d+)?(?![\d.])')
-LONG_NAME = 12   # characters; a shorter one is never broken
+LONG_NAME = 8   # characters; a shorter one is never broken
 LONG_TABLE, FIRST = 16, 6   # rows of an output; of more than that the first ones are shown, and the others on a click
 NUMBERS = re.compile(r'[\s\d.,:%±+–\[\]()eE-]*(\bto\b[\s\d.,%+)-]*)?')   # a number or an interval: never broken
 
@@ -43,6 +43,7 @@ def finish(html, language):
             if language == 'ko': short = short.replace(' to ', '~')
             if kind == 'numbers' and short != text: cell.string = short
             if kind: cell['class'] = [*cell.get('class', ()), kind]
+    for row in table.select('tbody tr'): drop_zeros(row.select('td'))
     for name in table.find_all('th'): break_at_underscores(name)
     rows = table.select('tbody tr')
     return split(table, rows) if len(rows) > LONG_TABLE and 'dataframe' in table.get('class', ()) else str(table)
@@ -53,6 +54,12 @@ def unmerge(table):
     for cell in table.select('tbody th[rowspan]'):
         for row in cell.parent.find_next_siblings('tr')[:int(cell['rowspan']) - 1]: row.insert(len(cell.find_previous_siblings()), copy.copy(cell))
     for cell in table.select('tbody th[rowspan]'): del cell['rowspan']
+
+
+def drop_zeros(cells):
+    "Counts in a table of other numbers have decimals: 26.000."
+    if len(cells) > 1 and all(re.fullmatch(r'-?\d+\.000', cell.get_text().strip()) for cell in cells):
+        for cell in cells: cell.string = cell.get_text().strip().split('.')[0]
 
 
 def drop_count(table):
