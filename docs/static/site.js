@@ -23,7 +23,7 @@ function stackTables() {
 // What is drawn with letters, and tables of a terminal, keep their lines: the letters are as small as that takes.
 function fitDrawings() {
     for (const box of document.querySelectorAll('article pre')) {
-        if (!box.clientWidth || !box.closest('.highlight-text') && !/[\u2500-\u257f]/.test(box.textContent)) continue;
+        if (!box.clientWidth || !box.closest('.highlight-text') && !/[┌┏╭]/.test(box.textContent)) continue;
         box.style.cssText = 'white-space: pre; overflow-x: hidden;';
         const {fontSize, paddingLeft, paddingRight} = getComputedStyle(box), padding = parseFloat(paddingLeft) + parseFloat(paddingRight);
         const share = (box.clientWidth - padding) / (box.scrollWidth - padding);
