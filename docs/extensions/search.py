@@ -54,7 +54,7 @@ class Sections(HTMLParser):
 def sections(html, page):
     "Read the sections of a page, white space made short; what holds nothing goes."
     parser = Sections(page)
-    parser.feed(html)
+    parser.feed(html.replace('<wbr/>', ''))   # a place for a line's end is none for a word's
     found = [[name, *(' '.join(text.replace(JOINER, '').split()) for text in texts)] for name, *texts in parser.found]
     return [one for one in found if any(one[1:])]
 
