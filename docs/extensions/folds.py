@@ -78,5 +78,5 @@ def parameters(module, name, messages):
 
 
 def plain(text):
-    "Escape what Markdown would read as more than text, but for back-ticks."
-    return ''.join(part if part.startswith('`') else re.sub(r'([*<&\[$])', r'\\\1', part) for part in re.split('(`[^`]*`)', text))
+    "Escape what Markdown would read as more than text, but for back-ticks, and for what a translation escapes itself."
+    return ''.join(part if part.startswith('`') else re.sub(r'(?<!\\)([*<&\[$])', r'\\\1', part) for part in re.split('(`[^`]*`)', text))
