@@ -5,6 +5,7 @@ extensions/folds.py       long implementations folded under their signature and 
 extensions/reference.py   API pages from docstrings and comments, the index of symptoms, links from back-ticked names
 extensions/messages.py    which texts are translated, and the translation of a whole notebook
 extensions/glossary.py    what a word means, at its first use in a lesson
+extensions/lines.py       where a line of prose does not end
 extensions/pictures.py    drawings and plots in the page's colours and language
 extensions/tables.py      tables for a phone and for a screen reader, their words in the page's language
 extensions/search.py      what the search looks through: the sections of every page
@@ -20,10 +21,9 @@ from settings import settings, site                 # noqa: E402
 from extensions.reference import linkcode_resolve   # noqa: E402, F401  sphinx.ext.linkcode looks for it here
 
 project, author, release = settings['lib_name'], settings['author'], settings['version']
-copyright = settings['copyright']
 extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design', 'sphinx.ext.autodoc', 'sphinx.ext.linkcode', 'sphinx.ext.githubpages',
               'sphinxext.opengraph', 'extensions.notebooks', 'extensions.reference', 'extensions.messages',
-              'extensions.glossary', 'extensions.pictures', 'extensions.tables', 'extensions.search', 'extensions.pages']
+              'extensions.glossary', 'extensions.lines', 'extensions.pictures', 'extensions.tables', 'extensions.search', 'extensions.pages']
 exclude_patterns = ['.ipynb_checkpoints', '_*']
 source_suffix = {'.ipynb': 'myst-nb', '.md': 'myst-nb'}
 nb_execution_mode = 'off'                # the outputs are stored in the notebooks
@@ -42,6 +42,7 @@ autodoc_preserve_defaults = True
 default_role = 'literal'                 # docstrings have Markdown's back-ticks
 
 language = 'ko' if tags.has('ko') else 'en'   # noqa: F821  Sphinx gives `tags`
+copyright = '2026년부터 kofinetune 개발자' if language == 'ko' else settings['copyright']
 locale_dirs = [str(docs/'locale')]
 gettext_compact = False                  # one catalogue a page
 gettext_location = False                 # no line numbers, so that a diff shows what changed

@@ -44,7 +44,7 @@ class MarkTerms(SphinxPostTransform):
         meanings = {name.lower(): meaning for english, korean, meaning, link in entries(Path(self.app.srcdir), language)
                     if not COMMON & {*english} or link.startswith(self.env.docname) for name in (english if language == 'en' else korean)}
         known = '|'.join(re.escape(name) for name in sorted(meanings, key=len, reverse=True))
-        if language == 'en': word = re.compile(rf'(?<![\w-])({known})(?=s?(?![\w-]))', re.I)
+        if language == 'en': word = re.compile(rf'(?<![\w-])({known})s?(?![\w-])', re.I)
         else: word = re.compile(rf'(?<![\w가-힣])({known})(?={PARTICLE}(?![\w가-힣]))', re.I)
         for text in list(self.document.findall(nodes.Text)):
             if is_prose(text): text.parent.replace(text, explained(text.astext(), word, meanings))
@@ -64,8 +64,8 @@ def explained(text, word, meanings):
     "A text with the meaning at each word that still has one; a meaning is used up."
     done, last = [], 0
     for found in word.finditer(text):
-        meaning = meanings.get(found[0].lower())
-        if not meaning: continue
+        meaning = meanings.get(found[1].lower())
+        if not meaning or found[0] == 'splits': continue   # a verb
         for name in [name for name, other in meanings.items() if other == meaning]: meanings[name] = None
         at = f'term-{len(meanings)}-{sum(value is None for value in meanings.values())}'
         done += [nodes.Text(text[last:found.start()]),

@@ -14,7 +14,7 @@ from .messages import catalogue
 
 LABEL = re.compile('(<text[^>]*>)([^<]*)(?=</text>)')
 WORDS = re.compile('(?!.*[a-z]{2}_[a-z]).*[A-Za-z]{2}.*')   # no number, and no flag's name
-COLOURS = {'#ffffff': 'var(--pst-color-background)', '#000000': 'var(--pst-color-text-base)'}   # a plot's paper and ink
+COLOURS = {'#ffffff': 'var(--pst-color-background)', '#000000': 'var(--pst-color-text-base)', '#d3d3d3': 'var(--pst-color-border)'}   # a plot's paper, ink and light grey
 
 
 class InlinePictures(SphinxPostTransform):

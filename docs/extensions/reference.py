@@ -17,7 +17,7 @@ from .messages import catalogue, translate
 
 BLOB = f'{settings["git_url"]}/blob/{settings["branch"]}'
 PACKAGE = 'kofinetune'
-SYMPTOMS = re.compile(r'^## What could go wrong\n(.*?)(?=^## |\Z)', re.M | re.S)
+SYMPTOMS = re.compile(r'^## What could go wrong\n(.*?(?:^\|[^\n]*\n?)+)', re.M | re.S)   # up to the end of the table
 
 
 def modules():
@@ -108,7 +108,10 @@ class LinkSymbols(SphinxPostTransform):
         own = [name for name, notebook in places.items() if notebook == self.env.docname]
         for node in list(self.document.findall(nodes.literal)):
             if isinstance(node.parent, (nodes.reference, pending_xref, nodes.title)): continue
-            name = re.sub(r'\(.*\)$', '', node.astext()).removeprefix(f'{PACKAGE}.')
+            bare = node.astext().removeprefix(f'{PACKAGE}.')
+            name = re.sub(r'\(.*\)$', '', bare)
+            means_module = bare in places and not (bare in own and f'{PACKAGE}.{bare}.{bare}' in names)   # or a style of that name: `chat`
+            if means_module and 'shown' not in node.parent['classes']: continue
             full = [f'{PACKAGE}.{name}', *(f'{PACKAGE}.{place}.{name}' for place in [*own, *places])]
             target = next((one for one in full if one in names), None)
             if not target: continue

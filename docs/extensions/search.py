@@ -11,6 +11,7 @@ from pathlib import Path
 from docutils.nodes import make_id
 
 from .glossary import entries
+from .lines import JOINER
 
 # How much a hit counts for: the lessons before the other pages, and the list of all functions last.
 WEIGHTS = ((r'\d\d_', 1.3), ('api/', .6), ('genindex', 0), ('', 1))
@@ -53,8 +54,8 @@ class Sections(HTMLParser):
 def sections(html, page):
     "Read the sections of a page, white space made short; what holds nothing goes."
     parser = Sections(page)
-    parser.feed(html)
-    found = [[name, *(' '.join(text.split()) for text in texts)] for name, *texts in parser.found]
+    parser.feed(html.replace('<wbr/>', ''))   # a place for a line's end is none for a word's
+    found = [[name, *(' '.join(text.replace(JOINER, '').split()) for text in texts)] for name, *texts in parser.found]
     return [one for one in found if any(one[1:])]
 
 

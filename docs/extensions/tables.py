@@ -11,9 +11,10 @@ from bs4 import BeautifulSoup
 from sphinx.locale import _
 
 TABLE = re.compile('<table.*?</table>', re.S)
-LONG_NUMBER = re.compile(r'-?\d+\.\d{4,}')
+LONG_NUMBER = re.compile(r'(?<![\d.,])-?\d+\.(?:\d{4,}|(?<=\d{3}\.)\d{3})(?:e[+-]?\d+)?(?![\d.])')
+LONG_NAME = 8   # characters; a shorter one is never broken
 LONG_TABLE, FIRST = 16, 6   # rows of an output; of more than that the first ones are shown, and the others on a click
-NUMBERS = re.compile(r'[\s\d.,:%±+–\[\]()eE-]*(\bto\b[\s\d.,%-]*)?')   # a number or an interval: never broken
+NUMBERS = re.compile(r'[\s\d.,:%±+–\[\]()eE-]*(\bto\b[\s\d.,%+)-]*)?')   # a number or an interval: never broken
 PHRASE = re.compile(r'(?!\S+ - \S+( |$))(?=.*[A-Za-z]{2}).* .*')   # not the difference of two runs, by their names
 WORD = re.compile('[A-Za-z]{2,}(/s)?')   # all others are names: lora_r, config.json, gguf-bf16
 PAIR = re.compile(r'([-+]?[\d.,]+%?) (to|of) ([-+]?[\d.,]+%?)')   # 1.2 to 3.4, 5 of 6
@@ -56,17 +57,19 @@ def translated(html, source, messages):
 
 def finish_tables(app, pagename, templatename, context, doctree):
     "Finish every table of a page."
-    if doctree: context['body'] = TABLE.sub(lambda found: finish(found[0]), context['body'])
+    if doctree: context['body'] = TABLE.sub(lambda found: finish(found[0], app.config.language), context['body'])
 
 
-def finish(html):
+def finish(html, language):
     "One table: what it is to a reader and to a screen reader, also when its rows are stacked."
     table = BeautifulSoup(html, 'html.parser').table
     heads = table.select('thead tr')
     if len(heads) == 2 and 'dataframe' in table.get('class', ()): merge_headers(*heads)
     unmerge(table)
+    if 'dataframe' in table.get('class', ()): drop_count(table)
     head = table.select_one('thead tr')
     labels = [cell.get_text(' ', strip=True) for cell in head.find_all(['th', 'td'])] if head else []
+    if head and not any(labels): head.parent.decompose()   # a line without a word in it
     table['role'] = 'table'
     for group in table.find_all(['thead', 'tbody']): group['role'] = 'rowgroup'
     for row in table.find_all('tr'):
@@ -75,11 +78,12 @@ def finish(html):
             cell['role'] = 'cell' if cell.name == 'td' else 'columnheader' if cell.find_parent('thead') else 'rowheader'
             if place < len(labels) and not cell.find_parent('thead'): cell['data-label'] = labels[place]
             text = cell.get_text().strip()
-            if LONG_NUMBER.fullmatch(text): cell.string = rounded(float(text))
-            if not re.search('[A-Za-z]', PAIR.sub('', text)):
-                for pair in cell.find_all(string=PAIR): pair.replace_with(PAIR.sub(said, pair))
             kind = 'blank' if not text else 'numbers' if NUMBERS.fullmatch(text) else None
+            short = LONG_NUMBER.sub(lambda found: rounded(float(found[0])), text) if kind == 'numbers' else text
+            if not re.search('[A-Za-z]', PAIR.sub('', short)): short = PAIR.sub(said, short)
+            if short != text: cell.string = short
             if kind: cell['class'] = [*cell.get('class', ()), kind]
+    for row in table.select('tbody tr'): drop_zeros(row.select('td'))
     for name in table.find_all('th'): break_at_underscores(name)
     rows = table.select('tbody tr')
     return split(table, rows) if len(rows) > LONG_TABLE and 'dataframe' in table.get('class', ()) else str(table)
@@ -92,10 +96,25 @@ def unmerge(table):
     for cell in table.select('tbody th[rowspan]'): del cell['rowspan']
 
 
+def drop_zeros(cells):
+    "Counts in a table of other numbers have decimals: 26.000."
+    if len(cells) > 1 and all(re.fullmatch(r'-?\d+\.000', cell.get_text().strip()) for cell in cells):
+        for cell in cells: cell.string = cell.get_text().strip().split('.')[0]
+
+
+def drop_count(table):
+    "pandas numbers the rows of a table without names; the numbers 0, 1, 2... say nothing."
+    rows = table.select('tr')
+    first = [row.find(['th', 'td']) for row in rows]
+    said = [cell.get_text(strip=True) for cell in first]
+    if len(rows) > 2 and said == ['', *map(str, range(len(rows) - 1))]:
+        for cell in first: cell.decompose()
+
+
 def break_at_underscores(cell):
     "Let a long name go on in the next line behind an underscore."
     for text in cell.find_all(string=re.compile('_')):
-        text.replace_with(BeautifulSoup(text.replace('_', '_<wbr>'), 'html.parser'))
+        if len(text) > LONG_NAME: text.replace_with(BeautifulSoup(text.replace('_', '_<wbr>'), 'html.parser'))
 
 
 def split(table, rows):
@@ -115,8 +134,8 @@ def merge_headers(first, second):
 
 
 def rounded(number):
-    "Three decimals, or two digits of what is smaller than a hundredth."
-    return f'{number:.3f}' if abs(number) >= .01 or not number else f'{number:.2g}'
+    "Three decimals, one of what is a hundred or more, or two digits of what is smaller than a hundredth."
+    return f'{number:.1f}' if abs(number) >= 100 else f'{number:.3f}' if abs(number) >= .01 or not number else f'{number:.2g}'
 
 
 def setup(app):
