@@ -83,11 +83,11 @@ def best(run, rows):
 def dialogs(run):
     "Train the packaged conversations in style chat, judge the last answer of those held out, and prove what is served."
     settings = dict(source='dialogs', style='chat', valid_rows=.2, epochs=6)
-    _, seconds, _ = command('run', '--recipe', 'laptop', '--run', run, *(f'--set={k}={v}' for k, v in settings.items()), run=run)
+    command('run', '--recipe', 'laptop', '--run', run, *(f'--set={k}={v}' for k, v in settings.items()), run=run)
     _, verify_seconds, _ = command('verify', run)
     stages, proof = read_manifest(run)['stages'], json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
     report = stages['eval']['result']
-    return dict(settings=settings, seconds=seconds, train_seconds=stages['adapter']['seconds'], rows=report['rows'], held_out=report['held_out'],
+    return dict(settings=settings, stages={name: s['seconds'] for name, s in stages.items()}, rows=report['rows'], held_out=report['held_out'],
                 exact_match={name: m['exact_match'] for name, m in report['models'].items()}, kinds=report['kinds'],
                 exact_match_ci={name: m['exact_match_ci'] for name, m in report['models'].items()},
                 verify=dict(seconds=verify_seconds, server=proof['server'], failed=proof['failed'], text=proof['text']['checked'],
