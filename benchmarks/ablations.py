@@ -7,7 +7,7 @@ scored on the same 500 audited held-out rows. What the result file already holds
 Differences are paired with the first setting, their intervals are 95 %. Twelve to fourteen minutes a setting on one core with AMX. The last line printed is the JSON
 that is written.
 """
-import argparse, json, os, platform, subprocess, sys, tempfile, time
+import argparse, json, os, platform, subprocess, sys, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,11 +64,9 @@ def measure(name, path, dtype):
             trained = finetune(recipe, run)
             model, tok = load_tuned(recipe, run)
         else: trained, (model, tok) = {}, load_base(settle_dtype(recipe, run))
-        began = time.monotonic()
         scores = answer_nll(model, tok, held_out, recipe.style, recipe.max_length)
-    said = {key: trained[key] for key in ('num_tokens', 'train_runtime', 'train_loss', 'trainable_parameters', 'peak_memory_bytes') if key in trained}
-    return dict(name=name, changes=changes, trained_rows=trained.get('rows', 0), scoring_seconds=round(time.monotonic() - began, 1),
-                scores=[s and [round(s['nll'], 4), s['tokens'], s['bytes']] for s in scores]) | said | summarize(scores, 0)
+    said = {key: trained[key] for key in ('num_tokens', 'train_loss', 'trainable_parameters', 'peak_memory_bytes') if key in trained}
+    return dict(name=name, changes=changes, trained_rows=trained.get('rows', 0), scores=[s and [round(s['nll'], 4), s['tokens'], s['bytes']] for s in scores]) | said | summarize(scores, 0)
 
 
 def differences(results):

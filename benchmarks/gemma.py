@@ -87,7 +87,7 @@ def dialogs(run):
     _, verify_seconds, _ = command('verify', run)
     stages, proof = read_manifest(run)['stages'], json.loads((run/'ollama'/'verify.json').read_text(encoding='utf-8'))
     report = stages['eval']['result']
-    return dict(settings=settings, stages={name: s['seconds'] for name, s in stages.items()}, rows=report['rows'], held_out=report['held_out'],
+    return dict(settings=settings, rows=report['rows'], held_out=report['held_out'],
                 exact_match={name: m['exact_match'] for name, m in report['models'].items()}, kinds=report['kinds'],
                 exact_match_ci={name: m['exact_match_ci'] for name, m in report['models'].items()},
                 verify=dict(seconds=verify_seconds, server=proof['server'], failed=proof['failed'], text=proof['text']['checked'],
