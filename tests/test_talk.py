@@ -203,7 +203,7 @@ def test_in_style_chat_a_second_question_sees_the_first(chatting, alone, monkeyp
     monkeypatch.setattr(kofinetune.chat, 'tokenize', tokens)
     typed(monkeypatch, APPLE, PRICE, '/clear', PRICE)
     chat(chatting, 'both')
-    assert 'asked alone' not in capsys.readouterr().out
+    assert 'without the earlier ones' not in capsys.readouterr().out
     for begin, prompts in (('', sent), ('<bos>', read)):
         first, second, cleared = prompts
         assert first == f'{begin}<start_of_turn>user\n{APPLE}<end_of_turn>\n<start_of_turn>model\n'
@@ -245,7 +245,7 @@ def test_the_turns_of_another_base_are_those_of_its_tokenizer(tmp_path):
 def test_it_says_once_that_questions_are_asked_alone(rehearsal_run, alone, monkeypatch, capsys):
     typed(monkeypatch, APPLE, APPLE)
     chat(rehearsal_run)
-    assert capsys.readouterr().out.count('each is asked alone') == 1
+    assert capsys.readouterr().out.count('asks each question without the earlier ones') == 1
 
 
 def test_decomposed_hangul_is_composed(rehearsal_run, alone, monkeypatch, capsys):
