@@ -7,7 +7,7 @@ scoring  held-out rows: the share of the machine's fastest matrix product that t
 
 Every measurement is a process of its own; nothing else may run. Needs Linux. The last line printed is the JSON.
 """
-import argparse, json, os, resource, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,9 +15,6 @@ from gemma import machine
 
 ROWS = 300
 VERSIONED = 'kofinetune', 'torch', 'transformers', 'peft', 'trl'
-
-
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def start(run):
@@ -41,19 +38,19 @@ def scoring(run):
     "Held-out rows through the merged model."
     import torch
     from train_speed import matrix_peak
-    from kofinetune.base import load_base, settle_dtype
+    from kofinetune.base import load_base, peak_memory, settle_dtype
     from kofinetune.chat import tokenize
     from kofinetune.recipe import Recipe
     from kofinetune.runs import read_jsonl
     from kofinetune.scoring import answer_nll
-    before = peak()
+    before = peak_memory()
     recipe = settle_dtype(Recipe.load(run/'recipe.json'), run)
     model, tok = load_base(recipe, 'none', path=run/'merged')
     rows = read_jsonl(run/'data'/'valid.jsonl')[:ROWS]
     answer_nll(model, tok, rows[:20], recipe.style, recipe.max_length)   # prepares kernels
     began = time.perf_counter()
     scores = answer_nll(model, tok, rows, recipe.style, recipe.max_length)
-    seconds, held = time.perf_counter() - began, peak() - before
+    seconds, held = time.perf_counter() - began, peak_memory() - before
     head = model.get_output_embeddings().weight.numel()
     graded = sum(s['tokens'] for s in scores if s)
     read = sum(len(tokenize(row, tok, recipe.style)[0]) for row, s in zip(rows, scores) if s)

@@ -26,17 +26,18 @@ POST = '\n### Instruction:\n{{ .Prompt }}\n\n### Response:\n'
 EXAMPLE = dict(instruction='다음 문장을 영어로 옮겨 주세요.', input='내일은 비가 옵니다.')
 
 
-def serve_all(run):
-    "Create the three models in Ollama: their names."
+def serve_all(run, made):
+    "Create the three models in Ollama, and add their names to `made`."
     import ollama
     client = ollama.Client()
-    ours = create_model('modelfile-ours', run/'ollama')
-    client.create('modelfile-post', from_=ours, template=POST)
+    made['ours'] = create_model('modelfile-ours', run/'ollama')
+    client.create('modelfile-post', from_=made['ours'], template=POST)
+    made["the post's template, our GGUF"] = 'modelfile-post'
     files = {path.name: 'sha256:' + hashlib.sha256(path.read_bytes()).hexdigest() for path in (run/'merged').iterdir()}
     for name, digest in files.items():
         httpx.post(f'{server_url()}/api/blobs/{digest}', content=(run/'merged'/name).read_bytes(), timeout=600).raise_for_status()
     client.create('modelfile-import', files=files, template=POST)   # what `ollama create` does where FROM is a folder
-    return {'ours': ours, "the post's template, our GGUF": 'modelfile-post', 'the same, imported': 'modelfile-import'}
+    made['the same, imported'] = 'modelfile-import'
 
 
 def seen_tokens(name, row, tok):
@@ -58,15 +59,15 @@ def score(model, tok, ids, row, recipe):
     return dict(nll=-logp.sum().item(), tokens=len(answer), right=right, bytes=len(row['output'].encode()))
 
 
-def measure(run, count):
+def measure(run, count, names):
     "Every way of asking, on the first held-out rows."
-    import ollama
     from transformers import AutoModelForCausalLM
     recipe, bf16, stops = opened(run)
     if recipe.style != 'blog': raise SystemExit(f'{run} has style {recipe.style}; a run of --recipe blog is needed')
     tok, rows = load_tokenizer(recipe), read_jsonl(run/'data'/'valid.jsonl')[:count]
     model = AutoModelForCausalLM.from_pretrained(run/'merged', dtype=torch.float32).eval()
-    names, found, scores = serve_all(run), {}, {}
+    serve_all(run, names)
+    found, scores = {}, {}
     for way, name in names.items():
         ids = [seen_tokens(name, row, tok) for row in rows]
         scores[way] = [score(model, tok, seen, row, recipe) for seen, row in zip(ids, rows)]
@@ -77,11 +78,11 @@ def measure(run, count):
         found[way] |= {key: said[key] for key in ('stop_rate', 'repetition', 'chrf')}
         found[way]['example'] = tok.convert_ids_to_tokens(seen_tokens(name, EXAMPLE, tok))
         print(way, found[way], flush=True)
-    for name in names.values(): ollama.Client().delete(name)
     return dict(rows=len(rows), ways=found)
 
 
 def main():
+    import ollama
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--run', type=Path, required=True)
     parser.add_argument('--rows', type=int, default=100)
@@ -89,7 +90,10 @@ def main():
     args = parser.parse_args()
     server = server_version()
     if server is None: raise SystemExit('no Ollama server answers; start one with: ollama serve')
-    report = measure(args.run, args.rows)
+    names = {}
+    try: report = measure(args.run, args.rows, names)
+    finally:
+        for name in names.values(): ollama.Client().delete(name)
     report |= dict(versions=dict(ollama_server=server) | {p: version(p) for p in ('kofinetune', 'transformers', 'torch', 'xllamacpp')},
                    machine=dict(cores=os.cpu_count(), machine=platform.machine()))
     if args.json: write_json(report, args.json)

@@ -57,10 +57,10 @@ def translated(html, source, messages):
 
 def finish_tables(app, pagename, templatename, context, doctree):
     "Finish every table of a page."
-    if doctree: context['body'] = TABLE.sub(lambda found: finish(found[0], app.config.language), context['body'])
+    if doctree: context['body'] = TABLE.sub(lambda found: finish(found[0]), context['body'])
 
 
-def finish(html, language):
+def finish(html):
     "One table: what it is to a reader and to a screen reader, also when its rows are stacked."
     table = BeautifulSoup(html, 'html.parser').table
     heads = table.select('thead tr')
